@@ -1,0 +1,104 @@
+"""Graph → the list of its convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ssprop_fx.convolutions import (
+    CONVOLUTIONS,
+    SPEC_OF_FUNCTION,
+    ConvSpec,
+    conv_kinds,
+    spec_of_module,
+    spec_of_weight,
+)
+
+_ATEN = {
+    getattr(torch.ops.aten, name).default: spec
+    for name, spec in CONVOLUTIONS.items()
+    if hasattr(getattr(torch.ops.aten, name), "default")
+} | {
+    torch.ops.aten.conv_transpose2d.input: CONVOLUTIONS["conv_transpose2d"],
+    torch.ops.aten.conv_transpose3d.input: CONVOLUTIONS["conv_transpose3d"],
+}
+_ATEN_CONVOLUTION = torch.ops.aten.convolution.default
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution node.
+
+    Attributes:
+        node: a call of a convolution function, of ``aten.convolution``, or of a convolution module.
+        spec: its row of the convolution table.
+        arguments: the call's arguments by name; for a module call, input only.
+        layer: the name users know.
+        kinds: what a policy rule's ``kind`` can match.
+    """
+
+    node: Node
+    spec: ConvSpec
+    arguments: dict[str, Any]
+    layer: str
+    kinds: frozenset[str]
+
+
+def find_convolutions(
+    module: GraphModule, name_of: Callable[[Node, ConvSpec], tuple[str, bool]] | None = None
+) -> list[Convolution]:
+    """All convolutions of a graph, in its order; those that are ``ssprop.conv`` already are left out.
+
+    Args:
+        module: a graph from Dynamo, the symbolic tracer, ``torch.export`` or ``make_fx``.
+        name_of: (node, spec) → (layer name, whether the call is functional). Without it, module calls are named by
+            their target and others by the node.
+    """
+    name_of = name_of or (lambda node, spec: (str(node.target), False) if node.op == "call_module" else (node.name, True))
+    found = []
+    for node in module.graph.nodes:
+        match = _match(module, node)
+        if match is None:
+            continue
+        spec, arguments, shape, groups = match
+        layer, functional = name_of(node, spec)
+        kinds = conv_kinds(spec, shape, groups, functional) if shape is not None else frozenset({spec.name})
+        found.append(Convolution(node, spec, arguments, layer, kinds))
+    return found
+
+
+def example_value(node: Any) -> Any:
+    """The tensor that a node stood for while it was traced, from whichever front end; None if unknown."""
+    if not isinstance(node, Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _match(module: GraphModule, node: Node) -> tuple[ConvSpec, dict[str, Any], Any, int] | None:
+    if node.op == "call_module":
+        target: Any = module.get_submodule(str(node.target))
+        spec = spec_of_module(target)
+        if spec is None:
+            return None
+        bound = {"input": node.args[0] if node.args else node.kwargs["input"]}
+        return spec, bound, tuple(target.weight.shape), target.groups
+    if node.op != "call_function":
+        return None
+    if node.target is _ATEN_CONVOLUTION:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        bound = dict(zip(names, node.args, strict=True))
+        shape = example_value(bound["weight"]).shape
+        spec = spec_of_weight(len(shape), bool(bound.pop("transposed")))
+        if not spec.transposed:
+            del bound["output_padding"]
+        return spec, bound, shape, bound["groups"]
+    spec = SPEC_OF_FUNCTION.get(node.target) or _ATEN.get(node.target)
+    if spec is None:
+        return None
+    bound = spec.bind(node.args, node.kwargs)
+    weight = example_value(bound["weight"])
+    return spec, bound, None if weight is None else weight.shape, bound["groups"]

@@ -1,0 +1,154 @@
+"""``ssprop.conv_backward`` nodes → plain aten nodes, for one phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ssprop_fx import ops
+from ssprop_fx.backward import sparse_backward
+from ssprop_fx.convolutions import ConvArgs, conv_backward_flops
+from ssprop_fx.selection import Demand, choices, fast_granule
+
+
+def backward_nodes(graph_module: GraphModule) -> list[Node]:
+    """The ``ssprop.conv_backward`` nodes of a graph, in its order."""
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target is ops.conv_backward]
+
+
+def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
+    """What each ``ssprop.conv_backward`` asks for, keyed by node; the layer names are the nodes' (calls, not layers)."""
+    demands = {}
+    for node in backward_nodes(graph_module):
+        grad, input, weight = (_value(a) for a in node.args[:3])
+        args = ConvArgs(*node.args[4:10])
+        positions = input.shape if args.transposed else grad.shape
+        demands[node] = Demand(
+            node.name,
+            int(choices(int(grad.shape[1]), int(args.groups))),
+            _hint(conv_backward_flops(positions, weight.shape, args.groups, args.transposed)),
+            float(node.args[ops.BACKWARD_SETTINGS_AT + 1]),
+            fast_granule(weight.dtype, weight.device),
+        )
+    return demands
+
+
+class LowerBackward(PassBase):
+    """Replace every ``ssprop.conv_backward`` by the sparse (or, at full count, dense) backward in aten operations.
+
+    Requires fake values in ``meta["val"]``, as AOTAutograd leaves them. Ensures that no ``ssprop.conv_backward`` is left,
+    that metadata and layer names carry over, and that the graph passes lint.
+
+    Args:
+        keep: node name → channels to keep.
+        decompositions: the table that the code behind the graph expects (Inductor's, or none).
+    """
+
+    def __init__(
+        self,
+        keep: Mapping[str, int],
+        decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.keep, self.decompositions = keep, dict(decompositions or {})
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        nodes = backward_nodes(graph_module)
+        for node in nodes:
+            self._lower(graph_module, node, self.keep[node.name])
+        if nodes:
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+        return PassResult(graph_module, bool(nodes))
+
+    def ensures(self, graph_module: GraphModule) -> None:
+        left = backward_nodes(graph_module)
+        if left:
+            raise AssertionError(f"not lowered: {', '.join(n.name for n in left)}")
+
+    def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
+        grad, input, weight, output = (_value(a) for a in node.args[:4])
+        args, mask = ConvArgs(*node.args[4:10]), node.args[10]
+        layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
+        tensors = {"grad": grad, "input": input, "weight": weight, "output": output}
+        names = [k for k, v in tensors.items() if v is not None]
+
+        def backward(*values):
+            given = dict.fromkeys(tensors) | dict(zip(names, values, strict=True))
+            return sparse_backward(
+                given["grad"],
+                given["input"],
+                given["weight"],
+                given["output"],
+                args,
+                mask,
+                keep,
+                criterion,
+                gradients,
+                compiling=True,
+            )
+
+        fake_mode = torch._guards.detect_fake_mode([v for v in tensors.values() if v is not None])
+        with fake_mode or torch.no_grad(), torch.no_grad():
+            traced = make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(
+                *(tensors[k] for k in names)
+            )
+        self._splice(graph_module, node, traced, dict(zip(names, _present(node.args[:4]), strict=True)), layer)
+
+    def _splice(self, graph_module, node, traced, inputs, layer) -> None:
+        graph = graph_module.graph
+        mapping: dict[Node, Any] = {}
+        placeholders = traced.graph.find_nodes(op="placeholder")
+        for placeholder, value in zip(placeholders, inputs.values(), strict=True):
+            mapping[placeholder] = value
+        inherited = {
+            k: node.meta[k]
+            for k in ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "partitioner_tag", "autograd_backward")
+            if k in node.meta
+        }
+        inherited["ssprop"] = {"layer": layer}
+        results: Any = None
+        with graph.inserting_before(node):
+            for old in traced.graph.nodes:
+                if old.op == "placeholder":
+                    continue
+                if old.op == "output":
+                    results = torch.fx.node.map_arg(old.args[0], mapping.__getitem__)
+                    continue
+                if old.op == "get_attr":
+                    name = f"_ssprop_{node.name}_{old.target}"
+                    setattr(graph_module, name, getattr(traced, old.target))
+                    new = graph.get_attr(name)
+                else:
+                    new = graph.node_copy(old, mapping.__getitem__)
+                new.meta = {**old.meta, **inherited}
+                mapping[old] = new
+        for user in list(node.users):
+            index = user.args[1]
+            replacement = results[index]
+            if replacement is not None:
+                user.replace_all_uses_with(replacement)
+            elif user.users:
+                user.replace_all_uses_with(None)  # type: ignore[arg-type]
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _present(args):
+    return [a for a in args if a is not None]
+
+
+def _value(arg: Any) -> Any:
+    return arg.meta["val"] if isinstance(arg, Node) else arg
+
+
+def _hint(value: Any) -> int:
+    if isinstance(value, torch.SymInt):
+        return int(value.node.shape_env.size_hint(value.node.expr)) if hasattr(value.node.shape_env, "size_hint") else int(value.node.hint)
+    return int(value)

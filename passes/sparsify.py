@@ -1,0 +1,138 @@
+"""Convolution nodes → ``ssprop.conv`` nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ssprop_fx import ops
+from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.selection import AUTO
+
+from .assign_policy import Decision
+from .find_convolutions import example_value
+
+
+class Sparsify(PassBase):
+    """Rewrite the convolutions that the policy wants sparse; the others stay as they are.
+
+    Requires example values on the nodes (Dynamo and ``make_fx`` give them) for unbatched inputs and ``padding='same'``.
+    Ensures that every rewritten node carries ``meta["ssprop"]`` = {layer, rule, drop_rate, kinds} and the metadata of
+    the node that it replaces.
+
+    Args:
+        decisions: from :func:`assign_policy`, of the graph that the pass is called on.
+        allocation: handle of the live allocation, ``""`` for a factor of one.
+    """
+
+    def __init__(self, decisions: Sequence[Decision], allocation: str = "") -> None:
+        super().__init__()
+        self.decisions, self.allocation = decisions, allocation
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        changed = False
+        for decision in self.decisions:
+            convolution = decision.convolution
+            convolution.node.meta["ssprop"] = {
+                "layer": convolution.layer,
+                "rule": decision.settings.rule,
+                "drop_rate": decision.settings.drop_rate,
+                "kinds": sorted(convolution.kinds),
+            }
+            if decision.sparse:
+                self._rewrite(graph_module, decision)
+                changed = True
+        if changed:
+            graph_module.graph.lint()
+            graph_module.recompile()
+        return PassResult(graph_module, changed)
+
+    def _rewrite(self, graph_module: GraphModule, decision: Decision) -> None:
+        convolution, settings = decision.convolution, decision.settings
+        node, spec, graph = convolution.node, convolution.spec, graph_module.graph
+        operator_settings = (
+            convolution.layer,
+            settings.drop_rate,
+            settings.criterion,
+            AUTO if settings.round_to == "auto" else settings.round_to,
+            settings.gradients,
+            self.allocation,
+        )
+        bound = dict(convolution.arguments)
+        with graph.inserting_before(node):
+            if node.op == "call_module":
+                bound |= _module_arguments(graph_module, node)
+            input, args, unbatched = _prepare(graph, spec, bound)
+            new = graph.call_function(
+                ops.conv, (input, bound["weight"], bound["bias"], *args, *operator_settings)
+            )
+            if unbatched:
+                new.meta |= {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
+                new = graph.call_function(torch.squeeze, (new, 0))
+        new.meta |= node.meta
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _module_arguments(graph_module: GraphModule, node: Node) -> dict[str, Any]:
+    module: Any = graph_module.get_submodule(str(node.target))
+    graph = node.graph
+    return {
+        "weight": graph.get_attr(f"{node.target}.weight"),
+        "bias": graph.get_attr(f"{node.target}.bias") if module.bias is not None else None,
+        "stride": module.stride,
+        "padding": module.padding,
+        "dilation": module.dilation,
+        "groups": module.groups,
+        **({"output_padding": module.output_padding} if module.transposed else {}),
+    }
+
+
+def _prepare(graph, spec, bound) -> tuple[Any, ConvArgs, bool]:
+    """``ConvSpec.prepare`` on a graph: its tensor operations become nodes."""
+    recorded: list[tuple[Any, tuple]] = []
+    value = example_value(bound["input"])
+    weight = example_value(bound["weight"])
+    n = spec.dim
+    batched = value is None or value.dim() == n + 2
+    simple = not isinstance(bound["padding"], str)
+    node = bound["input"]
+    geometry = {k: v for k, v in bound.items() if k not in ("input", "weight", "bias")}
+    if batched and simple:
+        return node, spec.prepare(_Batched(n), weight, **geometry).args, False
+    if value is None or weight is None:
+        raise ValueError(f"{spec.name} with padding {bound['padding']!r} needs example values on its inputs")
+    with _recording(recorded):
+        call = spec.prepare(value, weight, **geometry)
+    for function, rest in recorded:
+        node = graph.call_function(function, (node, *rest))
+    return node, call.args, call.unbatched
+
+
+class _Batched:
+    """Stands in for an input that is known to be batched."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def dim(self) -> int:
+        return self.n + 2
+
+
+class _recording(torch.overrides.TorchFunctionMode):
+    """Writes down the tensor operations that ``prepare`` applies to the input."""
+
+    def __init__(self, calls: list[tuple[Any, tuple]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.unsqueeze, torch.constant_pad_nd):
+            target = torch.unsqueeze if func is torch.Tensor.unsqueeze else func
+            self.calls.append((target, tuple(args[1:])))
+        return result

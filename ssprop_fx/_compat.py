@@ -1,0 +1,101 @@
+"""Every private PyTorch name that the package uses. ``tests/test_compat.py`` has a canary for each.
+
+What only the backend needs is imported when it is first used: importing Inductor takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._C import _len_torch_function_stack as function_modes  # how many TorchFunctionModes are active
+from torch._C._functorch import maybe_current_level as _maybe_current_level
+
+
+def functorch_active() -> bool:
+    """Whether ``torch.func`` (grad, vmap, …) is transforming what runs now."""
+    return _maybe_current_level() is not None
+
+
+def is_optimized_module(module: Any) -> bool:
+    """Whether a module is what ``torch.compile(module)`` returned (asked without importing the compiler)."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module, or one inside it, is compiled: ``torch.compile(module)`` or ``module.compile()``."""
+    return any(
+        is_optimized_module(m) or getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()
+    )
+
+
+def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
+    """Dynamo's wrapper of AOTAutograd: partitioning and boxed calls as the built-in backends get them."""
+    from torch._dynamo.backends.common import aot_autograd as implementation
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return implementation(partition_fn=min_cut_rematerialization_partition, **kwargs)
+
+
+def make_boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """A callable that takes one list of arguments, and may free them."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(function)
+
+
+@contextlib.contextmanager
+def autograd_cache_off() -> Iterator[None]:
+    """AOTAutograd's cache does not hash what the backend does, and once served plain Inductor's artifact to it."""
+    import torch._functorch.config as config
+
+    with config.patch(enable_autograd_cache=False):
+        yield
+
+
+def compile_fx(*args: Any, **kwargs: Any) -> Any:
+    """Inductor, from a Dynamo graph."""
+    from torch._inductor.compile_fx import compile_fx as implementation
+
+    return implementation(*args, **kwargs)
+
+
+def compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
+    """Inductor, from an aten graph."""
+    from torch._inductor.compile_fx import compile_fx_inner as implementation
+
+    return implementation(*args, **kwargs)
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The decompositions that Inductor expects to have been applied to an aten graph."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def fake_mode_of(inputs: Sequence[Any]) -> Any:
+    """The FakeTensorMode of a compile's example inputs."""
+    from torch._dynamo.utils import detect_fake_mode
+
+    return detect_fake_mode(inputs)
+
+
+@contextlib.contextmanager
+def lowering_context(fake_mode: Any) -> Iterator[None]:
+    """The state in which Inductor expects to compile, for a compile that happens while the model runs."""
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.virtualized import V
+
+    with (
+        compile_lock,
+        torch._C._DisableAutocast(),
+        tracing(TracingContext(fake_mode)),
+        V.set_fake_mode(fake_mode),
+    ):
+        yield

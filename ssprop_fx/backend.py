@@ -1,0 +1,367 @@
+"""Front end two: ``torch.compile(model, backend="ssprop")``.
+
+Dynamo's graph goes through the passes; AOTAutograd makes the forward of it, in which ``ssprop.conv`` is
+``aten.convolution`` again, and the backward, with an ``ssprop.conv_backward`` for each sparse convolution. The forward is
+compiled once. The backward is handed out by a :class:`PhaseDispatcher`, which lowers and compiles one graph for each phase
+the schedule comes to, the first time it comes to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import ops
+from ._compat import (
+    aot_autograd,
+    autograd_cache_off,
+    compile_fx,
+    compile_fx_inner,
+    fake_mode_of,
+    inductor_decompositions,
+    lowering_context,
+    make_boxed,
+)
+from .allocation import Allocation, allocation_for, observers
+from .errors import SSPropError
+from .naming import GraphNames, ModuleIndex
+from .passes import (
+    Decision,
+    LowerBackward,
+    Sparsify,
+    assign_policy,
+    find_convolutions,
+    lowering_demands,
+    verify,
+)
+from .passes.lower_backward import backward_nodes
+from .policy import Policy
+from .selection import AUTO, Demand, keep_count, plan_counts
+from .transform import as_policy, transformation_of
+
+logger = logging.getLogger(__name__)
+
+_INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass
+class GraphRecord:
+    """What the backend did to one Dynamo graph, for reports and tests.
+
+    Attributes:
+        captured: the graph as Dynamo handed it over, before any pass.
+        rewritten: after the passes.
+        decisions: one per convolution, in the graph's order.
+        forward: the forward graph that the compiler behind got; None before it did.
+        backward: the backward graph with its ``ssprop.conv_backward`` nodes.
+        lowered: kept counts by node of a phase → the backward graph as lowered for it.
+        forward_compiles: how often the forward was compiled.
+        seconds: compile times, ``forward`` and one entry per phase.
+    """
+
+    captured: GraphModule
+    rewritten: GraphModule
+    decisions: list[Decision]
+    roots: list[weakref.ref]
+    forward: GraphModule | None = None
+    backward: GraphModule | None = None
+    lowered: dict[tuple[int, ...], GraphModule] = field(default_factory=dict)
+    phases: dict[tuple[float, ...], tuple[int, ...]] = field(default_factory=dict)
+    forward_compiles: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    dispatcher: PhaseDispatcher | None = None
+
+    def kept_now(self) -> dict[str, int]:
+        """Channels that the next backward pass keeps, by layer; empty before the backward graph is there."""
+        return self.dispatcher.kept() if self.dispatcher else {}
+
+    def stages(self) -> dict[str, GraphModule]:
+        """The graphs by stage, in the order in which they were made."""
+        found = {"captured": self.captured, "rewritten": self.rewritten}
+        if self.forward is not None:
+            found["forward"] = self.forward
+        if self.backward is not None:
+            found["backward"] = self.backward
+        names = {counts: ", ".join(f"{f:g}" for f in factors) for factors, counts in self.phases.items()}
+        return found | {f"backward, factor {names[counts]}": g for counts, g in self.lowered.items()}
+
+    @property
+    def backward_compiles(self) -> int:
+        """How many backward graphs were compiled, one per phase that was met."""
+        return len(self.lowered)
+
+
+class CompiledState:
+    """What the backend knows of one policy: its allocation, and a record per graph."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.allocation = Allocation(policy)
+        self.records: list[GraphRecord] = []
+
+
+_states: weakref.WeakKeyDictionary[Policy, CompiledState] = weakref.WeakKeyDictionary()
+_index = ModuleIndex()
+_lock = threading.RLock()
+
+
+@functools.cache
+def default_policy() -> Policy:
+    """The policy of ``torch.compile(model, backend="ssprop")`` without options; one per process, on its own clock."""
+    return Policy()
+
+
+def state_of(policy: Policy) -> CompiledState:
+    """The backend's state for a policy, made on first use."""
+    with _lock:
+        if policy not in _states:
+            _states[policy] = CompiledState(policy)
+        return _states[policy]
+
+
+def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
+    """The graphs that the backend compiled for a model, with the policy of each."""
+    return [
+        (policy, record)
+        for policy, state in list(_states.items())
+        for record in state.records
+        if any(ref() is model for ref in record.roots)
+    ]
+
+
+def ssprop(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    policy: Any = None,
+    inner: str = "inductor",
+    **_: Any,
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend ``"ssprop"``; users name it, nobody calls it.
+
+    Args:
+        graph_module, example_inputs: from Dynamo.
+        options: ``policy`` (a :class:`Policy`, a path or a mapping; the default policy without), ``inner``
+            (``inductor``, ``aot_eager`` or ``eager``); everything else is handed to Inductor as a config patch.
+        mode: as for Inductor.
+
+    Raises:
+        PolicyError: the policy is invalid.
+        SSPropError: unknown ``inner``, or the options contradict a model that ``transform`` has rewritten.
+    """
+    settings = dict(options or {})
+    policy, inner = settings.pop("policy", policy), settings.pop("inner", inner)
+    if inner not in _INNER:
+        raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
+    rewritten, record = rewrite(graph_module, _resolve(policy))
+    if inner == "eager":
+        return rewritten
+    bw_compiler = functools.partial(PhaseDispatcher, record)
+    if inner == "aot_eager":
+        if settings or mode:
+            raise SSPropError(f"{', '.join(settings) or 'mode'}: options of Inductor, which inner='aot_eager' leaves out")
+        with autograd_cache_off():
+            return aot_autograd(
+                fw_compiler=functools.partial(_forward_eager, record),
+                bw_compiler=functools.partial(bw_compiler, compiler=_compile_eager, decompositions={}),
+                decompositions={ops.conv: _dense_convolution},
+            )(rewritten, example_inputs)
+    if mode is not None and mode != "default":
+        settings = torch._inductor.list_mode_options(mode) | settings
+    with autograd_cache_off():
+        return compile_fx(
+            rewritten,
+            example_inputs,
+            inner_compile=functools.partial(_inner_compile, record, bw_compiler),
+            config_patches=settings or None,
+            decompositions={**inductor_decompositions(), ops.conv: _dense_convolution},
+        )
+
+
+def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModule, GraphRecord]:
+    """The pipeline: find the convolutions, ask the policy, rewrite, verify.
+
+    Args:
+        policy: None leaves everything but what ``transform`` has rewritten as it is.
+    """
+    names = GraphNames(_index)
+    convolutions = find_convolutions(graph_module, names)
+    transformed = _transformed_policy(graph_module, names)
+    if transformed is not None and policy is not None and policy is not transformed:
+        raise SSPropError(
+            "the model was transformed under one policy and is compiled with another; "
+            'leave the policy out of torch.compile\'s options: backend="ssprop" uses that of the model'
+        )
+    policy = transformed or policy or default_policy()
+    state = state_of(policy)
+    captured = _copy(graph_module)
+    decisions = [] if transformed is not None else assign_policy(convolutions, policy)
+    Sparsify(decisions, state.allocation.handle)(graph_module)
+    verify(graph_module, decisions)
+    record = GraphRecord(
+        captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()]
+    )
+    state.records.append(record)
+    logger.info(
+        "graph %d: %d of %d convolutions rewritten",
+        len(state.records) - 1,
+        sum(d.sparse for d in decisions),
+        len(decisions),
+    )
+    return graph_module, record
+
+
+class PhaseDispatcher:
+    """A backward callable that compiles itself once for each phase.
+
+    Args:
+        graph_module: AOTAutograd's backward graph.
+        example_inputs: its fake inputs.
+        compiler: (graph, fake inputs) → callable on a list of inputs.
+        decompositions: what the compiler expects to have been decomposed.
+    """
+
+    def __init__(
+        self,
+        record: GraphRecord,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        compiler: Callable[..., Any],
+        decompositions: Mapping[Any, Any],
+    ) -> None:
+        self._boxed_call = True  # on the instance: wrappers copy it from there
+        self.record, self.graph_module, self.example_inputs = record, graph_module, list(example_inputs)
+        self.compiler, self.decompositions = compiler, decompositions
+        self.fake_mode = fake_mode_of(self.example_inputs)
+        record.backward, record.dispatcher = graph_module, self
+        self.demands = lowering_demands(graph_module)
+        self.settings = {n: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
+        self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
+        self.by_factor: dict[tuple[float, ...], Callable[..., Any]] = {}
+        self.by_count: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        factors = tuple(a.policy.quantized_factor for a in self.allocations)
+        run = self.by_factor.get(factors)
+        if run is None:
+            with _lock:
+                run = self.by_factor.get(factors) or self._enter(factors)
+        for observe in observers:
+            for settings in self.settings.values():
+                observe(settings[0])
+        return run(inputs)
+
+    def kept(self) -> dict[str, int]:
+        """Channels that the next backward pass keeps, by layer (of its first call)."""
+        counts = self.counts(tuple(a.policy.quantized_factor for a in self.allocations))
+        found: dict[str, int] = {}
+        for node, settings in self.settings.items():
+            found.setdefault(settings[0], counts[node.name])
+        return found
+
+    def _enter(self, factors: tuple[float, ...]) -> Callable[..., Any]:
+        counts = self.counts(factors)
+        key = tuple(counts.values())
+        self.record.phases[factors] = key
+        if key not in self.by_count:
+            start = time.perf_counter()
+            lowered = _copy(self.graph_module)
+            with lowering_context(self.fake_mode):
+                LowerBackward(counts, self.decompositions)(lowered)
+                self.record.lowered[key] = _copy(lowered)
+                self.by_count[key] = self.compiler(lowered, self.example_inputs)
+            self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
+            logger.info("compiled the backward graph of phase %s", factors)
+        run = self.by_factor[factors] = self.by_count[key]
+        return run
+
+    def counts(self, factors: tuple[float, ...]) -> dict[str, int]:
+        """Channels to keep, by node, at one factor per allocation."""
+        factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
+        counts, budget = {}, []
+        for node, demand in self.demands.items():
+            layer, drop_rate, _, round_to, _, handle = self.settings[node]
+            rate = drop_rate * factor_of[handle]
+            if round_to == AUTO:
+                counts[node.name] = 0
+                budget.append(Demand(node.name, demand.channels, demand.flops, rate, demand.granule))
+            else:
+                counts[node.name] = keep_count(rate, demand.channels, round_to)
+        return counts | plan_counts(budget)
+
+
+def _resolve(policy: Any) -> Policy | None:
+    return None if policy is None else as_policy(policy)
+
+
+def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy | None:
+    for root in names.roots.values():
+        record = transformation_of(root)
+        if record is not None:
+            return record.policy
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target is ops.conv:
+            return allocation_for(node.args[-1]).policy
+    return None
+
+
+def _copy(graph_module: GraphModule) -> GraphModule:
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
+    assert output is not None
+    new_output = graph.output(output[0])
+    new_output.meta = copy.copy(output[1].meta)
+    graph._codegen = graph_module.graph._codegen
+    result = GraphModule(graph_module, graph)
+    result.meta = copy.copy(graph_module.meta)
+    return result
+
+
+def _dense_convolution(input, weight, bias, *rest):
+    return torch.ops.aten.convolution.default(input, weight, bias, *rest[:6])
+
+
+def _forward_eager(record: GraphRecord, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+    record.forward, record.forward_compiles = graph_module, record.forward_compiles + 1
+    return make_boxed(graph_module.forward)
+
+
+def _compile_eager(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+    return make_boxed(graph_module.forward)
+
+
+def _inner_compile(
+    record: GraphRecord,
+    bw_compiler: Callable[..., Any],
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    **kwargs: Any,
+) -> Any:
+    if not kwargs.get("is_backward"):
+        start = time.perf_counter()
+        record.forward, record.forward_compiles = _copy(graph_module), record.forward_compiles + 1
+        compiled = compile_fx_inner(graph_module, example_inputs, **kwargs)
+        record.seconds["forward"] = time.perf_counter() - start
+        return compiled
+    if not backward_nodes(graph_module):
+        return compile_fx_inner(graph_module, example_inputs, **kwargs)
+    return bw_compiler(
+        graph_module,
+        example_inputs,
+        compiler=functools.partial(compile_fx_inner, **kwargs),
+        decompositions=inductor_decompositions(),
+    )
+
+
+__all__ = ["CompiledState", "GraphRecord", "PhaseDispatcher", "records_of", "rewrite", "ssprop", "state_of"]

@@ -1,0 +1,165 @@
+"""The sparse backward pass of a convolution, in plain tensor operations.
+
+One function serves eager mode (as it stands, differentiable), the operator's kernel, and the compiler, which traces it
+into the graph. The gradients are exactly those of the dense backward pass with every dropped channel of the output's
+gradient set to zero; the dropped channels are gathered away, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .convolutions import ConvArgs
+from .selection import choices, importance, kept_channels
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def dense_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool]
+) -> Gradients:
+    """``aten.convolution_backward``. Shapes as in :func:`sparse_backward`."""
+    if not any(mask):
+        return None, None, None
+    bias_sizes = [grad.shape[1]] if mask[2] else None
+    grads = torch.ops.aten.convolution_backward.default(
+        grad, input, weight, bias_sizes, *_lists(args), list(mask)
+    )
+    return grads[0] if mask[0] else None, grads[1] if mask[1] else None, grads[2] if mask[2] else None
+
+
+def sparse_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    args: ConvArgs,
+    mask: Sequence[bool],
+    keep: int,
+    criterion: str,
+    gradients: str = "all",
+    compiling: bool = False,
+) -> Gradients:
+    """Gradients of a convolution from its ``keep`` most important output channels.
+
+    Args:
+        grad: gradient of the output, (N, K, *out).
+        input: (N, C, *in).
+        weight: (K, C/g, *kernel), or (C, K/g, *kernel) when transposed.
+        output: the convolution's output, (N, K, *out), for the criterion ``taylor``; else None.
+        args: geometry of the convolution.
+        mask: which of the gradients of input, weight and bias to compute.
+        keep: channels to keep in each group; where a group has a single channel (depthwise), groups to keep.
+        criterion: see :func:`ssprop_fx.selection.importance`.
+        gradients: ``all``, or ``weight`` to leave the input's gradient dense.
+        compiling: write what a fusing compiler runs best instead of what eager mode does.
+
+    Returns:
+        The gradients of input, weight and bias, None where not asked for.
+    """
+    channels, groups = grad.shape[1], args.groups
+    if keep >= choices(channels, groups):
+        return dense_backward(grad, input, weight, args, mask)
+    whole_groups = channels == groups
+    with torch.no_grad():
+        score = importance(grad, output, criterion, sliced=not compiling)
+        index = kept_channels(score, 1 if whole_groups else groups, keep)
+
+    dense_input = gradients == "weight" and mask[0]
+    input_grad = dense_backward(grad, input, weight, args, (True, False, False))[0] if dense_input else None
+    mask = (mask[0] and not dense_input, mask[1], mask[2])
+    if not any(mask):
+        return input_grad, None, None
+
+    kept_grad = take(grad, 1, index)
+    rows = _input_channels(index, input.shape[1] // groups) if whole_groups else None
+    kept_input = input if rows is None else take(input, 1, rows)
+    kept_weight = _take_weight(weight, index, rows, args, keep)
+    kept_args = args._replace(groups=keep) if whole_groups else args
+    gi, gw, _ = dense_backward(kept_grad, kept_input, kept_weight, kept_args, (mask[0], mask[1], False))
+
+    if mask[0]:
+        assert gi is not None
+        input_grad = gi if rows is None else spread(gi, 1, rows, input, compiling)
+    weight_grad = _spread_weight(gw, weight, index, rows, args, compiling) if gw is not None else None
+    bias_grad = None
+    if mask[2]:
+        total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
+        bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
+    return input_grad, weight_grad, bias_grad
+
+
+def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``index_select`` that keeps the memory format: with channels last, dim 1 is gathered along the last axis."""
+    if dim == 1 and tensor.dim() > 2 and tensor.stride(1) == 1 and tensor.shape[1] > 1:
+        order = (0, *range(2, tensor.dim()), 1)
+        back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
+        last = tensor.permute(order)
+        return last.gather(-1, index.expand(*last.shape[:-1], -1)).permute(back)
+    return tensor.index_select(dim, index)
+
+
+def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: bool) -> Tensor:
+    """The inverse of :func:`take`: a tensor of ``like``'s shape and layout with ``values`` at ``index``, else zero."""
+    zeros = torch.zeros_like(like, dtype=values.dtype)
+    if compiling:
+        return zeros.index_copy(dim, index, values)
+    return zeros.index_copy_(dim, index, values)
+
+
+def _lists(args: ConvArgs) -> tuple:
+    return (
+        list(args.stride),
+        list(args.padding),
+        list(args.dilation),
+        args.transposed,
+        list(args.output_padding),
+        args.groups,
+    )
+
+
+def _input_channels(groups: Tensor, per_group: int) -> Tensor:
+    if per_group == 1:
+        return groups
+    return (groups.unsqueeze(1) * per_group + torch.arange(per_group, device=groups.device)).flatten()
+
+
+def _take_weight(weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, keep: int) -> Tensor:
+    if not args.transposed:
+        return take(weight, 0, index)
+    if rows is not None:
+        return take(weight, 0, rows)
+    if args.groups == 1:
+        return take(weight, 1, index)
+    flat = _outputs_first(weight, args.groups)
+    return _inputs_first(take(flat, 0, index), args.groups)
+
+
+def _spread_weight(
+    values: Tensor, weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, compiling: bool
+) -> Tensor:
+    if not args.transposed:
+        return spread(values, 0, index, weight, compiling)
+    if rows is not None:
+        return spread(values, 0, rows, weight, compiling)
+    if args.groups == 1:
+        return spread(values, 1, index, weight, compiling)
+    flat = _outputs_first(weight, args.groups)
+    return _inputs_first(
+        spread(_outputs_first(values, args.groups), 0, index, flat, compiling), args.groups
+    )
+
+
+def _outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """(C, K/g, *kernel) → (K, C/g, *kernel)"""
+    c, k, *kernel = weight.shape
+    return weight.reshape(groups, c // groups, k, *kernel).transpose(1, 2).reshape(groups * k, c // groups, *kernel)
+
+
+def _inputs_first(weight: Tensor, groups: int) -> Tensor:
+    """(K, C/g, *kernel) → (C, K/g, *kernel)"""
+    k, c, *kernel = weight.shape
+    return weight.reshape(groups, k // groups, c, *kernel).transpose(1, 2).reshape(groups * c, k // groups, *kernel)

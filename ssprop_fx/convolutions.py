@@ -1,0 +1,193 @@
+"""The six convolution functions as one table, and the arguments that they share.
+
+Everything that has to recognise a convolution (graph matching, modules, function modes, docs and tests) reads
+:data:`CONVOLUTIONS`; nothing else in the package knows where an argument of ``conv_transpose2d`` sits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConvArgs(NamedTuple):
+    """Geometry of one convolution, in the order in which ``aten.convolution`` takes it.
+
+    Each list has one entry per spatial dimension, in elements.
+    """
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+
+class ConvCall(NamedTuple):
+    """A convolution call brought to the form ``aten.convolution`` takes.
+
+    ``input`` is batched and already padded where padding is asymmetric; ``unbatched`` says that the result has to lose its
+    first dimension again.
+    """
+
+    input: Tensor
+    args: ConvArgs
+    unbatched: bool
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """One row per convolution function of ``torch.nn.functional``."""
+
+    name: str
+    dim: int
+    transposed: bool
+    function: Callable[..., Tensor]
+    module: type[nn.Module]
+
+    @cached_property
+    def parameters(self) -> tuple[tuple[str, Any], ...]:
+        """Names and defaults of the arguments after ``input`` and ``weight``, in calling order."""
+        if self.transposed:
+            return (
+                ("bias", None),
+                ("stride", 1),
+                ("padding", 0),
+                ("output_padding", 0),
+                ("groups", 1),
+                ("dilation", 1),
+            )
+        return (("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name, defaults filled in.
+
+        Raises:
+            TypeError: an unknown or doubled argument, or neither input nor weight.
+        """
+        names = ("input", "weight", *(name for name, _ in self.parameters))
+        bound = {"bias": None, **dict(self.parameters)}
+        if len(args) > len(names):
+            raise TypeError(f"{self.name} takes at most {len(names)} arguments, got {len(args)}")
+        bound.update(zip(names, args, strict=False))
+        for key, value in kwargs.items():
+            if key not in names or key in names[: len(args)]:
+                raise TypeError(f"{self.name} got an unexpected argument {key!r}")
+            bound[key] = value
+        if "input" not in bound or "weight" not in bound:
+            raise TypeError(f"{self.name} needs an input and a weight")
+        return bound
+
+    def prepare(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        output_padding: Any = 0,
+    ) -> ConvCall:
+        """Bring a call to ``aten.convolution``'s form: batched, lists of whole numbers, no ``'same'``.
+
+        ``input`` is (N, C, *spatial) or (C, *spatial); ``weight`` as the function takes it.
+        """
+        n = self.dim
+        stride, dilation = _per_dim(stride, n), _per_dim(dilation, n)
+        unbatched = input.dim() == n + 1
+        if unbatched:
+            input = input.unsqueeze(0)
+        if isinstance(padding, str):
+            if padding == "valid":
+                padding = (0,) * n
+            else:
+                input, padding = _pad_same(input, weight, dilation)
+        args = ConvArgs(
+            stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups
+        )
+        return ConvCall(input, args, unbatched)
+
+
+CONVOLUTIONS: dict[str, ConvSpec] = {
+    spec.name: spec
+    for spec in (
+        ConvSpec("conv1d", 1, False, F.conv1d, nn.Conv1d),
+        ConvSpec("conv2d", 2, False, F.conv2d, nn.Conv2d),
+        ConvSpec("conv3d", 3, False, F.conv3d, nn.Conv3d),
+        ConvSpec("conv_transpose1d", 1, True, F.conv_transpose1d, nn.ConvTranspose1d),
+        ConvSpec("conv_transpose2d", 2, True, F.conv_transpose2d, nn.ConvTranspose2d),
+        ConvSpec("conv_transpose3d", 3, True, F.conv_transpose3d, nn.ConvTranspose3d),
+    )
+}
+
+SPEC_OF_FUNCTION: dict[Any, ConvSpec] = {spec.function: spec for spec in CONVOLUTIONS.values()}
+
+
+def spec_of_module(module: nn.Module) -> ConvSpec | None:
+    """The row of a convolution module (subclasses included), or None."""
+    for spec in CONVOLUTIONS.values():
+        if isinstance(module, spec.module):
+            return spec
+    return None
+
+
+def spec_of_weight(weight_dim: int, transposed: bool) -> ConvSpec:
+    """The row for a weight of ``weight_dim`` dimensions, (out, in/groups, *kernel) or its transpose."""
+    return CONVOLUTIONS[f"conv{'_transpose' if transposed else ''}{weight_dim - 2}d"]
+
+
+def conv_kinds(
+    spec: ConvSpec, weight_shape: Sequence[int], groups: int, functional: bool = False
+) -> frozenset[str]:
+    """The kinds that a policy rule can name. A depthwise convolution is a grouped one, too."""
+    kinds = {spec.name}
+    out_channels = weight_shape[1] * groups if spec.transposed else weight_shape[0]
+    if groups > 1:
+        kinds.add("grouped")
+        if out_channels == groups or weight_shape[1] == 1:
+            kinds.add("depthwise")
+    if all(int(size) == 1 for size in weight_shape[2:]):
+        kinds.add("pointwise")
+    if functional:
+        kinds.add("functional")
+    return frozenset(kinds)
+
+
+def conv_backward_flops(
+    grad_shape: Sequence[int], weight_shape: Sequence[int], groups: int, transposed: bool, outputs: int = 2
+) -> int:
+    """FLOPs of a convolution's backward pass: 2 · N · positions · K · C/g · kernel, for each of ``outputs`` gradients.
+
+    ``grad_shape`` is (N, K, *spatial); ``outputs`` counts the input and weight gradients that are computed. A
+    transposed convolution multiplies once per *input* position, so ``grad_shape`` must then be the input's,
+    (N, C, *spatial). A multiply and an add count as two, as in ``torch.utils.flop_counter``.
+    """
+    flops = 2 * grad_shape[0] * outputs
+    for size in (*grad_shape[2:], *weight_shape):
+        flops *= size
+    return flops
+
+
+def _per_dim(value: Any, n: int) -> tuple[int, ...]:
+    if isinstance(value, Sequence):
+        return tuple(value) * n if len(value) == 1 else tuple(value)
+    return (value,) * n
+
+
+def _pad_same(input: Tensor, weight: Tensor, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    # ATen pads on one side first where the total is odd, and lets the convolution pad the even rest.
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    extra = [t % 2 for t in total]
+    if any(extra):
+        pad: list[int] = []
+        for e in reversed(extra):
+            pad += [0, e]
+        input = torch.constant_pad_nd(input, pad, 0.0)
+    return input, tuple(t // 2 for t in total)

@@ -1,0 +1,172 @@
+"""Coverage measured: the convolution backward passes that one training step really makes, and how many of them are ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ._compat import is_compiled
+from .allocation import Allocation, observers
+from .errors import SSPropError
+from .policy import Policy
+from .sharing import shared_copy
+from .transform import transformation_of
+
+_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Convolution backward calls of one dense and one sparse step.
+
+    Attributes:
+        dense: ``aten.convolution_backward`` calls of the step with a factor of zero.
+        sparse: sparse backward passes of the step with a factor of one.
+        dense_by_rule: calls that are dense in the second step because their drop rate is zero.
+        calls: layer → sparse backward passes in the step.
+    """
+
+    dense: int
+    sparse: int
+    dense_by_rule: int
+    calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the dense step's convolution backwards that the policy reaches."""
+        return (self.sparse + self.dense_by_rule) / self.dense if self.dense else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
+            "coverage": self.coverage, "calls": self.calls,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"measured: {self.sparse} of {self.dense} convolution backwards of a step are sparse, "
+            f"{self.dense_by_rule} dense by rule, {self.dense - self.sparse - self.dense_by_rule} missed"
+        )
+
+
+class BackwardCounter(TorchDispatchMode):
+    """Counts ``aten.convolution_backward`` calls while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _BACKWARD:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(model: nn.Module, example_inputs: Any) -> Measurement:
+    """Run one dense and one sparse training step and count.
+
+    The loss is the mean square of every floating-point output. Buffers, gradients and random states are put back.
+
+    Args:
+        model: transformed, compiled, or both.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        SSPropError: no output of the model carries a gradient.
+    """
+    from .naming import unwrap
+
+    user_model = unwrap(model)
+    counter = BackwardCounter()
+    with _undone(user_model):
+        dense_model = _forced(user_model, 0.0)
+        with torch.compiler.set_stance("force_eager"), counter:
+            _step(dense_model, example_inputs)
+    seen: Counter[str] = Counter()
+    with _undone(user_model), _observing(seen.update):
+        _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+    record = transformation_of(user_model)
+    rates = {k: s.settings.drop_rate for k, s in record.sites.items()} if record else {}
+    by_rule = sum(n for layer, n in seen.items() if rates.get(layer, 1.0) == 0)
+    return Measurement(counter.count, sum(seen.values()) - by_rule, by_rule, dict(seen))
+
+
+@contextlib.contextmanager
+def _observing(update: Callable[[Any], None]) -> Iterator[None]:
+    def observe(layer: str) -> None:
+        update([layer])
+
+    observers.append(observe)
+    try:
+        yield
+    finally:
+        observers.remove(observe)
+
+
+def _forced(model: nn.Module, factor: float) -> nn.Module:
+    """A copy, sharing tensors, whose factor is fixed; at one, layers of drop rate zero are made sparse to be counted."""
+    copied = shared_copy(model)
+    record = transformation_of(copied)
+    if record is not None:
+        allocation = Allocation(Policy(schedule={"kind": "constant", "end": factor}))
+        for site in record.sites.values():
+            site.allocation = allocation
+            if factor and site.settings.drop_rate == 0:
+                site.settings = replace(site.settings, drop_rate=0.5)
+    return copied
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for p, grad in grads:
+            p.grad = grad
+
+
+def _step(model: nn.Module, example_inputs: Any) -> None:
+    with torch.enable_grad():
+        if isinstance(example_inputs, Mapping):
+            outputs = model(**example_inputs)
+        elif isinstance(example_inputs, (tuple, list)):
+            outputs = model(*example_inputs)
+        else:
+            outputs = model(example_inputs)
+        wanted = [t for t in tensors_of(outputs) if t.is_floating_point() and t.requires_grad]
+        if not wanted:
+            raise SSPropError(
+                "no output of the model carries a gradient, so there is no backward pass to measure; "
+                "is the model in training mode, and does a parameter require a gradient?"
+            )
+        torch.stack([t.float().square().mean() for t in wanted]).sum().backward()
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of whatever a model returns: a tensor, containers, mappings, dataclass-like outputs."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += [t for v in leaf.values() for t in tensors_of(v)]
+        elif hasattr(leaf, "__dict__"):
+            found += [t for v in vars(leaf).values() for t in tensors_of(v) if not isinstance(v, type(leaf))]
+    return found

@@ -1,0 +1,142 @@
+"""Graph node → layer name, as the user knows it from ``named_modules()``.
+
+Dynamo notes the modules that a node ran in by the identity of the module, and by a text relative to the frame that was
+captured. Identity comes first: the module is looked up among the live modules and named from the outermost model that
+holds it, so that a name does not depend on where a graph broke. The text serves when the module cannot be found.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+
+from torch import nn
+from torch.fx import Node
+
+from ._compat import is_optimized_module
+from .calls import functional_name
+from .convolutions import ConvSpec, spec_of_module
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class ModuleIndex:
+    """The modules that are alive, and who holds whom. Built once and again when it turns out to be out of date."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._parents: dict[int, list[weakref.ref[nn.Module]]] = {}
+        self._names: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+
+    def find(self, key: str) -> nn.Module | None:
+        """The live module whose ``id`` a key of ``nn_module_stack`` holds."""
+        number = int(key.split("@")[0]) if key.split("@")[0].isdigit() else -1
+        module = self._alive(number)
+        if module is None:
+            self._scan()
+            module = self._alive(number)
+        return module
+
+    def root(self, module: nn.Module) -> nn.Module:
+        """The model that a user would call ``named_modules()`` on: what was compiled, else the outermost holder."""
+        current, seen = module, set()
+        while id(current) not in seen:
+            seen.add(id(current))
+            parents = [p for ref in self._parents.get(id(current), ()) if (p := ref()) is not None]
+            compiled = [p for p in parents if is_optimized_module(p)]
+            if any(not self._parents.get(id(p)) for p in compiled):
+                break
+            if not parents:
+                break
+            current = parents[0]
+        return unwrap(current)
+
+    def name(self, module: nn.Module) -> str:
+        """Full name of a live module; the empty string for a root."""
+        root = self.root(module)
+        names = self._names.get(root)
+        if names is None or id(module) not in names:
+            names = {id(m): plain_name(n) for n, m in root.named_modules()}
+            self._names[root] = names
+        return names.get(id(module), "")
+
+    def _alive(self, number: int) -> nn.Module | None:
+        ref = self._modules.get(number)
+        return ref() if ref is not None else None
+
+    def _scan(self) -> None:
+        self._modules.clear()
+        self._parents.clear()
+        self._names.clear()
+        for candidate in gc.get_objects():
+            if not issubclass(type(candidate), nn.Module):  # isinstance would run foreign __class__ properties
+                continue
+            held = vars(candidate).get("_modules")
+            self._modules[id(candidate)] = weakref.ref(candidate)
+            for child in (held or {}).values():
+                if child is not None:
+                    self._parents.setdefault(id(child), []).append(weakref.ref(candidate))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside compiled and data-parallel wrappers."""
+    while True:
+        if is_optimized_module(model):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_fsdp_wrapped_module" in model._modules:
+            model = model._modules["_fsdp_wrapped_module"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the segments that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def plain_text(text: str) -> str:
+    """Dynamo's text for a module, ``L['self']._modules['layer1']…`` → ``layer1…``; the last resort."""
+    text = re.sub(r"^[LG]\['[^']*'\]", "", text)
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
+    text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text)
+    parts = [part for part in text.split(".") if part]
+    if parts[:1] == ["module"]:
+        parts = parts[1:]
+    return plain_name(".".join(parts))
+
+
+class GraphNames:
+    """Layer names for the nodes of one Dynamo graph.
+
+    Attributes:
+        roots: the models that the graph's modules belong to, by identity.
+    """
+
+    def __init__(self, index: ModuleIndex | None = None) -> None:
+        self.index = index or ModuleIndex()
+        self.roots: dict[int, nn.Module] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def __call__(self, node: Node, spec: ConvSpec) -> tuple[str, bool]:
+        """(layer name, whether the call is a functional one) of a convolution node."""
+        stack = list((node.meta.get("nn_module_stack") or {}).items())
+        key, owner, is_layer = "", "", False
+        if stack:
+            key, (text, cls) = stack[-1]
+            module = self.index.find(key)
+            if module is not None:
+                owner = self.index.name(module)
+                root = self.index.root(module)
+                self.roots[id(root)] = root
+                is_layer = spec_of_module(module) is spec
+            else:
+                owner = plain_text(text)
+                is_layer = isinstance(cls, type) and issubclass(cls, spec.module)
+        nth = self._counts.get((key, spec.name), 0)
+        self._counts[key, spec.name] = nth + 1
+        if is_layer and nth == 0:
+            return owner, False
+        return functional_name(owner, spec.name, nth), True

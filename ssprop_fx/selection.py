@@ -1,0 +1,160 @@
+"""Which output channels to keep: importance by criterion, how many, and the channels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
+# temporary of G's size is made.
+_SLICE = 1 << 17
+
+AUTO = 0  # `round_to: auto` where an operator argument has to be a whole number
+
+
+def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool = True) -> Tensor:
+    """Importance of each output channel, non-finite where the channel's gradient is.
+
+    Args:
+        grad: gradient of the convolution's output, (N, K, *spatial), any floating-point type.
+        output: the convolution's output, of grad's shape; only ``taylor`` reads it.
+        criterion: ``l1`` mean |G| (ssProp, arXiv 2408.12561), ``l2`` root of the sum of squares, ``taylor`` |Σ G·y|
+            (Molchanov et al., arXiv 1906.10771), ``random`` uniform noise.
+        sliced: sum slice by slice, which spares memory in eager mode; a compiler fuses better without.
+
+    Returns:
+        (K,), at least float32. Only its order has a meaning.
+    """
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    dims = [d for d in range(grad.dim()) if d != 1]
+    if criterion == "l1":
+        if sliced and grad.numel() > 2 * _SLICE and grad.shape[0] > 1:
+            rows = max(1, _SLICE * grad.shape[0] // grad.numel())
+            total = torch.zeros(grad.shape[1], dtype=dtype, device=grad.device)
+            for part in grad.split(rows):
+                total += part.abs().sum(dims, dtype=dtype)
+            return total
+        return grad.abs().sum(dims, dtype=dtype)
+    if criterion == "l2":
+        return grad.to(dtype).square().sum(dims)
+    if criterion == "taylor":
+        assert output is not None
+        return (grad.to(dtype) * output.to(dtype)).sum(dims).abs()
+    if criterion == "random":
+        # x·0 is NaN where the sum is not finite, and NaN ranks first
+        noise = torch.rand(grad.shape[1], dtype=dtype, device=grad.device)
+        return noise + grad.sum(dims, dtype=dtype) * 0
+    raise ValueError(f"unknown criterion {criterion!r}: expected l1, l2, taylor or random")
+
+
+def kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
+    """Indices of the ``keep`` most important channels of each group, ascending within the group.
+
+    Args:
+        score: (K,); NaN and inf rank first, as ``topk`` orders them.
+        groups: the number of groups that choose independently; K is a multiple of it.
+
+    Returns:
+        (groups · keep,) indices into K.
+    """
+    per_group = score.shape[0] // groups
+    index = score.view(groups, per_group).topk(keep, dim=1).indices.sort(dim=1).values
+    if groups > 1:
+        index = index + torch.arange(groups, device=score.device).unsqueeze(1) * per_group
+    return index.flatten()
+
+
+def choices(out_channels: int, groups: int) -> int:
+    """How many channels one choice is made from: K/g, or all the groups where a group has a single channel."""
+    per_group = out_channels // groups
+    return groups if per_group == 1 else per_group
+
+
+def keep_count(drop_rate: float, channels: int, round_to: int = 1) -> int:
+    """Number of kept channels out of ``channels``: (1 − drop_rate)·channels rounded to ``round_to``, at least 1.
+
+    ``round_to`` 1 rounds down, which is the paper's ``max(int(keep · K), 1)``; larger ones go to the nearest
+    multiple. The small constant keeps (1 − 0.8)·10 at 2 in floating point.
+    """
+    if drop_rate <= 0:
+        return channels
+    wanted = (1.0 - drop_rate) * channels
+    count = int(wanted + 1e-6) if round_to == 1 else round_to * int(wanted / round_to + 0.5 + 1e-9)
+    return min(max(count, 1), channels)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one layer asks of the budget: its choice of channels, and what the backward pass costs."""
+
+    layer: str
+    channels: int
+    flops: int
+    drop_rate: float
+    granule: int = 16
+
+
+def fast_granule(dtype: torch.dtype, device: torch.device | None = None) -> int:
+    """Channel counts that are multiples of this run fast: a vector register (CPU) or a tensor-core tile (GPU)."""
+    if device is not None and device.type == "cuda":
+        return 8 if dtype == torch.float32 else 16
+    return 32 if dtype in (torch.bfloat16, torch.float16) else 16
+
+
+def plan_counts(demands: Sequence[Demand], tolerance: float = 0.02) -> dict[str, int]:
+    """``round_to: auto``: a fast count for each layer, the network's FLOPs within ``tolerance`` of what was asked.
+
+    Each layer goes to the nearest multiple of its granule; then, while the total is off, the layer whose move to the
+    other neighbour helps most moves; what multiples cannot balance, exact counts do, largest layers first.
+
+    Args:
+        demands: the layers, in any order; the result depends on the order only in ties.
+        tolerance: allowed share of the asked backward FLOPs, both ways.
+    """
+    wanted = {d.layer: (1.0 - d.drop_rate) * d.channels for d in demands}
+    unit = {d.layer: d.flops / d.channels for d in demands}
+    asked = sum(unit[d.layer] * wanted[d.layer] for d in demands)
+    options: dict[str, list[int]] = {}
+    count: dict[str, int] = {}
+    for d in demands:
+        low = int(wanted[d.layer] / d.granule + 1e-9) * d.granule
+        near = {min(max(c, 1), d.channels) for c in (low, low + d.granule) if c > 0}
+        if d.drop_rate <= 0:
+            near = {d.channels}
+        elif d.channels < 2 * d.granule:
+            near = {keep_count(d.drop_rate, d.channels)}
+        options[d.layer] = sorted(near)
+        count[d.layer] = min(near, key=lambda c, layer=d.layer: (abs(c - wanted[layer]), c))  # type: ignore[misc]
+
+    def error(layer: str, c: int) -> float:
+        return unit[layer] * (c - wanted[layer])
+
+    off = sum(error(d.layer, count[d.layer]) for d in demands)
+    off = _improve(off, options, count, error, tolerance * asked)
+    if abs(off) > tolerance * asked:
+        for d in sorted(demands, key=lambda d: -abs(error(d.layer, count[d.layer]))):
+            if abs(off) <= tolerance * asked:
+                break
+            exact = min(max(round(wanted[d.layer]), 1), d.channels)
+            off += error(d.layer, exact) - error(d.layer, count[d.layer])
+            count[d.layer] = exact
+    return count
+
+
+def _improve(off, options: Mapping[str, list[int]], count: dict[str, int], error, allowed: float) -> float:
+    for _ in range(2 * len(count)):
+        if abs(off) <= allowed:
+            break
+        best = None
+        for layer, candidates in options.items():
+            for c in candidates:
+                moved = off + error(layer, c) - error(layer, count[layer])
+                if abs(moved) < abs(off) - 1e-9 and (best is None or abs(moved) < abs(best[2])):
+                    best = (layer, c, moved)
+        if best is None:
+            break
+        count[best[0]], off = best[1], best[2]
+    return off

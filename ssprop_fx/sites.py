@@ -1,0 +1,228 @@
+"""Call sites: what one convolution of a model does with its backward pass, in eager mode and while Dynamo traces.
+
+Every rung ends in :func:`convolve`. In a dense phase, without gradients, or for a frozen layer it makes the very call
+that the model would have made; otherwise an ``autograd.Function`` does. (The operator of :mod:`ssprop_fx.ops` would
+serve, too, but its dispatch costs four times as much per call; graphs use it.)
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._compat import functorch_active, function_modes
+from .allocation import Allocation, observers
+from .backward import sparse_backward
+from .convolutions import ConvArgs, ConvSpec
+from .policy import Settings
+from .selection import AUTO, choices
+
+_local = threading.local()  # .handled: the convolution that runs now has been rewritten already
+
+
+class Site:
+    """One convolution of one transformed model.
+
+    Attributes:
+        layer: the name users know, as in ``named_modules()``; ``owner#conv2d.0`` for a functional call.
+        shapes: (input, weight, output) of the first call that was seen, or None before.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        spec: ConvSpec,
+        kinds: frozenset[str],
+        settings: Settings,
+        allocation: Allocation,
+        rung: str,
+    ) -> None:
+        self.layer, self.spec, self.kinds, self.rung = layer, spec, kinds, rung
+        self.settings, self.allocation = settings, allocation
+        self.shapes: tuple[torch.Size, torch.Size, torch.Size] | None = None
+        self.args: ConvArgs | None = None
+        self.round_to = AUTO if settings.round_to == "auto" else settings.round_to
+
+    def operator_settings(self) -> tuple[str, float, str, int, str, str]:
+        """The settings as the operator takes them."""
+        s = self.settings
+        return self.layer, s.drop_rate, s.criterion, self.round_to, s.gradients, self.allocation.handle
+
+
+def convolve(
+    site: Site,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+) -> Tensor:
+    """The convolution of ``site``: forward as the model's own, bit for bit; backward by the policy.
+
+    Shapes and errors are those of the function in ``torch.nn.functional``.
+    """
+    if torch.compiler.is_compiling():
+        return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+    factor = site.allocation.policy.factor
+    if factor * site.settings.drop_rate <= 0.0 or not _wants_gradient(input, weight, bias):
+        if site.shapes is None or function_modes():
+            return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+        if site.spec.transposed:
+            return site.spec.function(
+                input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
+        return site.spec.function(input, weight, bias, stride, padding, dilation, groups)
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        input, weight, bias = ops.autocast_arguments(device_type, input, weight, bias)
+    input, args, unbatched = site.spec.prepare(
+        input, weight, stride, padding, dilation, groups, output_padding
+    )
+    function = _TransformableConvolution if functorch_active() else _Convolution
+    output = function.apply(input, weight, bias, args, site, factor)
+    return output.squeeze(0) if unbatched else output
+
+
+def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
+    options = {"output_padding": output_padding} if site.spec.transposed else {}
+    previous, _local.handled = handled(), True
+    try:
+        output = site.spec.function(
+            input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **options
+        )
+    finally:
+        _local.handled = previous
+    if site.shapes is None:
+        call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
+        _remember(site, call.input, weight, output.unsqueeze(0) if call.unbatched else output, call.args)
+    return output
+
+
+def handled() -> bool:
+    """Whether the convolution call that a function mode sees has been rewritten further in."""
+    return getattr(_local, "handled", False)
+
+
+def _remember(site: Site, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs) -> None:
+    site.shapes, site.args = (input.shape, weight.shape, output.shape), args
+
+
+def _convolve_in_graph(
+    site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding
+) -> Tensor:
+    settings = _constant_settings(site)
+    if settings[1] <= 0.0:
+        options = {"output_padding": output_padding} if site.spec.transposed else {}
+        return site.spec.function(
+            input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **options
+        )
+    call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
+    output = ops.conv(call.input, weight, bias, *call.args, *settings)
+    return output.squeeze(0) if call.unbatched else output
+
+
+@torch.compiler.assume_constant_result
+def _constant_settings(site: Site) -> tuple:
+    return site.operator_settings()
+
+
+def _forward(input, weight, bias, args, site, factor):
+    previous, _local.handled = handled(), True
+    try:
+        output = torch.convolution(input, weight, bias, *args)
+    finally:
+        _local.handled = previous
+    if site.shapes is None:
+        _remember(site, input, weight, output, args)
+    if site.round_to == AUTO:
+        ops.announce(site.layer, input, weight, output, args, site.settings.drop_rate, site.allocation)
+    return output
+
+
+def _save(ctx, input, weight, bias, args, site, factor, output):
+    ctx.save_for_backward(input, weight, output if site.settings.criterion == "taylor" else None)
+    ctx.args, ctx.site, ctx.factor, ctx.has_bias = args, site, factor, bias is not None
+
+
+def _backward(ctx, grad, compiling):
+    input, weight, output = ctx.saved_tensors
+    site, args, needs = ctx.site, ctx.args, ctx.needs_input_grad
+    settings = site.settings
+    keep = site.allocation.keep(
+        site.layer, choices(grad.shape[1], args.groups), settings.drop_rate, ctx.factor, site.round_to
+    )
+    for observe in observers:
+        observe(site.layer)
+    mask = (needs[0], needs[1], ctx.has_bias and needs[2])
+    grads = sparse_backward(
+        grad, input, weight, output, args, mask, keep, settings.criterion, settings.gradients, compiling
+    )
+    return (*grads, None, None, None)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, args, site, factor):
+        output = _forward(input, weight, bias, args, site, factor)
+        _save(ctx, input, weight, bias, args, site, factor, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, compiling=False)
+
+
+class _TransformableConvolution(torch.autograd.Function):
+    """For ``torch.func``: five times the call overhead, which is why it is not the only one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, weight, bias, args, site, factor):
+        return _forward(input, weight, bias, args, site, factor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, *inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad, compiling=True)
+
+
+def convolve_module(module: nn.Module, site: Site, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Stands in for ``_conv_forward`` of a convolution module; its own ``forward`` and hooks run as ever."""
+    m: Any = module
+    padding = m.padding
+    if m.padding_mode != "zeros":
+        input = nn.functional.pad(input, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+        padding = 0
+    return convolve(site, input, weight, bias, m.stride, padding, m.dilation, m.groups)
+
+
+def convolve_transposed_module(
+    module: nn.Module, site: Site, input: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    """Stands in for ``forward`` of a transposed convolution module."""
+    m: Any = module
+    if m.padding_mode != "zeros":
+        return type(m).forward(m, input, output_size)  # raises what it always raised
+    output_padding = m._output_padding(
+        input, output_size, m.stride, m.padding, m.kernel_size, site.spec.dim, m.dilation
+    )
+    return convolve(
+        site, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, output_padding
+    )

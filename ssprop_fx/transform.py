@@ -1,0 +1,213 @@
+"""Front end one: ``transform(model, policy)``, for eager mode and as the first step before ``torch.compile``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._compat import is_compiled
+from .allocation import Allocation
+from .calls import CallSites, functional_name, may_call_convolution, run_intercepted
+from .convolutions import CONVOLUTIONS, ConvSpec, conv_kinds, spec_of_module
+from .errors import PolicyError, TransformError
+from .policy import KINDS, Policy, Settings
+from .sharing import shared_copy
+from .sites import Site, convolve_module, convolve_transposed_module
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "_ssprop"  # attribute of a transformed model's root
+
+
+class Transformation:
+    """What ``transform`` did to one model: its sites by layer name, and its live allocation.
+
+    Attributes:
+        sites: layer name → site, in the model's order; functional calls are added as they are first seen.
+        skipped: layer name → reason, for the convolutions that were left as they are.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.allocation = policy, Allocation(policy)
+        self.sites: dict[str, Site] = {}
+        self.skipped: dict[str, str] = {}
+
+    def add(self, layer: str, spec: ConvSpec, kinds: frozenset[str], settings: Settings, rung: str) -> Site:
+        site = self.sites[layer] = Site(layer, spec, kinds, settings, self.allocation, rung)
+        return site
+
+    def add_functional(self, layer: str, spec: ConvSpec, kinds: frozenset[str]) -> Site:
+        """A functional call that a forward has just made for the first time."""
+        settings = self.policy.assign({layer: kinds}, require_match=False)
+        self.policy.bind(settings)
+        return self.add(layer, spec, kinds, settings[layer], "call")
+
+
+def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn.Module:
+    """A model that trains with sparse convolution backward passes, otherwise the same.
+
+    The result is of the same class, has the same ``state_dict`` keys, attributes, methods and hooks, and shares
+    parameters and buffers with ``model``, which itself is left as it is and still runs dense. Forward results are equal
+    bit for bit. Optimizers made for either serve both. Wrap (DDP) or compile the result, not the other way round.
+
+    Args:
+        model: any module; nothing needs to be run first, except to materialise lazy modules.
+        policy: a :class:`Policy`, the path of a policy file, a mapping as in such a file, or None for the default
+            policy (drop rate 0.8 on every other step). Keep the policy at hand: ``policy.step()`` advances its clock.
+
+    Raises:
+        TransformError: the model cannot be transformed, or holds no convolution.
+        PolicyError: the policy is invalid, or one of its rules matches no layer.
+
+    Source: ssProp, arXiv 2408.12561.
+    """
+    policy = as_policy(policy)
+    _refuse(model)
+    layers = layer_kinds(model)
+    callers = {name for name, module in _containers(model) if may_call_convolution(module)}
+    if not layers and not callers:
+        raise TransformError(
+            f"{type(model).__name__} has no convolution, so there is nothing to transform; "
+            f"it holds {_census(model)}"
+        )
+    assigned = policy.assign(layers, require_match=False)
+    check_rules(policy, layers, callers)
+    policy.bind(assigned)
+
+    result = shared_copy(model)
+    record = Transformation(policy)
+    for name, module in result.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        spec = spec_of_module(module)
+        if spec is not None and name in assigned:
+            _rewrite_module(module, record, name, spec, layers[name], assigned[name])
+        elif name in callers:
+            _intercept(module, CallSites(name, record.add_functional))
+    for name in scripted_convolutions(model):
+        record.skipped[name] = "inside a module scripted by torch.jit; transform the model before scripting"
+    vars(result)[_RECORD] = record
+    logger.info(
+        "transformed %s: %d convolution modules, %d modules watched for functional calls",
+        type(model).__name__,
+        len(record.sites),
+        len(callers),
+    )
+    return result
+
+
+def transformation_of(model: nn.Module) -> Transformation | None:
+    """The record that ``transform`` left on a model, looked for through wrappers, or None."""
+    for module in model.modules():
+        if _RECORD in vars(module):
+            return vars(module)[_RECORD]
+    return None
+
+
+def as_policy(policy: Policy | str | dict | None) -> Policy:
+    """A policy from whatever a user may hand over."""
+    if policy is None:
+        return Policy()
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, dict):
+        return Policy.from_dict(policy)
+    return Policy.load(policy)
+
+
+def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
+    """Layer name → kinds, for every convolution module of ``model`` (functional calls show when they run)."""
+    found = {}
+    for name, module in model.named_modules():
+        spec = spec_of_module(module)
+        if spec is not None and not isinstance(module, torch.jit.ScriptModule):
+            m: Any = module
+            if isinstance(m._parameters.get("weight"), nn.parameter.UninitializedParameter):
+                raise TransformError(
+                    f"{name or type(module).__name__} is a lazy module that has no weight yet; "
+                    "run one forward pass (or model.initialize_parameters) and call transform after it"
+                )
+            outs, ins = m.out_channels // m.groups, m.in_channels // m.groups
+            shape = (m.in_channels, outs) if spec.transposed else (m.out_channels, ins)
+            found[name] = conv_kinds(spec, (*shape, *m.kernel_size), m.groups)
+    return found
+
+
+def check_rules(policy: Policy, layers: dict[str, frozenset[str]], callers: set[str]) -> None:
+    """Refuse a rule that can match neither a layer nor a functional call that one of ``callers`` may make."""
+    everything = dict(layers)
+    for owner in callers:
+        for function in CONVOLUTIONS:
+            for nth in range(10):
+                everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
+    if policy.unmatched_rules(everything):
+        problems = policy.unmatched_rules(layers)
+        raise PolicyError(problems)
+
+
+def scripted_convolutions(model: nn.Module) -> Iterator[str]:
+    """Names of the convolutions inside modules scripted by ``torch.jit``."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.RecursiveScriptModule) and module.original_name.startswith("Conv"):
+            yield name
+
+
+def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if spec_of_module(module) is None and not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
+def _rewrite_module(
+    module: nn.Module, record: Transformation, name: str, spec: ConvSpec, kinds: frozenset[str], settings: Settings
+) -> None:
+    """Install the site; a subclass keeps its own forward, and the convolution call which that makes is replaced."""
+    site = record.add(name, spec, kinds, settings, "module")
+    cls: Any = type(module)
+    base: Any = spec.module
+    if not spec.transposed and cls._conv_forward is base._conv_forward and not may_call_convolution(module):
+        vars(module)["_conv_forward"] = functools.partial(convolve_module, module, site)
+    elif spec.transposed and cls.forward is base.forward and "forward" not in vars(module):
+        vars(module)["forward"] = functools.partial(convolve_transposed_module, module, site)
+    else:
+        _intercept(module, CallSites(name, record.add_functional, own=site))
+
+
+def _intercept(module: nn.Module, call_sites: CallSites) -> None:
+    vars(module)["forward"] = functools.partial(run_intercepted, call_sites, module.forward)
+
+
+def _refuse(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TransformError(
+            f"transform takes a torch.nn.Module, got {type(model).__name__}"
+            + ("; call transform on the instance, not on the class" if isinstance(model, type) else "")
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TransformError(
+            "the model was scripted or traced by torch.jit, which hides its convolutions; "
+            "call transform on the Python model"
+        )
+    wrapper = type(model).__name__
+    if is_compiled(model):
+        raise TransformError("the model is already compiled; call transform first and torch.compile on its result")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TransformError(f"the model is wrapped in {wrapper}; call transform first and wrap its result")
+    if transformation_of(model) is not None:
+        raise TransformError(
+            "the model has been transformed already; call transform on the original model, "
+            "which shares its parameters, to train it under another policy"
+        )
+
+
+def _census(model: nn.Module) -> str:
+    names: dict[str, int] = {}
+    for module in model.modules():
+        if not list(module.children()):
+            names[type(module).__name__] = names.get(type(module).__name__, 0) + 1
+    return ", ".join(f"{count} × {name}" for name, count in sorted(names.items())) or "no modules"

@@ -1,0 +1,260 @@
+"""The factor over steps, written out by hand, and the clock that counts the steps."""
+
+import gc
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssprop_fx.errors import PolicyError
+from ssprop_fx.policy import Policy
+from ssprop_fx.schedule import Schedule, _automatic
+
+# Each row: the keys that differ from the defaults, and the factors of the first steps.
+FACTORS = [
+    # bar: the first period // 2 steps have `start`
+    ({}, [0, 1, 0, 1, 0, 1]),
+    ({"period": 1}, [1, 1, 1]),
+    ({"period": 3}, [0, 1, 1, 0, 1, 1]),
+    ({"period": 4}, [0, 0, 1, 1, 0, 0, 1, 1]),
+    ({"period": 5}, [0, 0, 1, 1, 1, 0, 0, 1]),
+    ({"start": 0.5}, [0.5, 1, 0.5, 1]),
+    ({"start": 1, "end": 0}, [1, 0, 1, 0]),
+    ({"start": 0.25, "end": 0.75, "period": 4}, [0.25, 0.25, 0.75, 0.75, 0.25]),
+    ({"repeat": False}, [0, 1, 0, 1, 0, 1]),
+    # constant: `end`
+    ({"kind": "constant"}, [1, 1, 1, 1]),
+    ({"kind": "constant", "start": 0.3, "end": 0.6}, [0.6, 0.6, 0.6]),
+    ({"kind": "constant", "end": 0}, [0, 0, 0]),
+    # linear
+    ({"kind": "linear", "period": 5}, [0, 0.25, 0.5, 0.75, 1, 0, 0.25]),
+    ({"kind": "linear", "period": 3}, [0, 0.5, 1, 0, 0.5, 1]),
+    ({"kind": "linear", "period": 2}, [0, 1, 0, 1]),
+    ({"kind": "linear", "period": 1}, [1, 1, 1]),
+    ({"kind": "linear", "period": 3, "start": 1, "end": 0}, [1, 0.5, 0, 1, 0.5, 0]),
+    ({"kind": "linear", "period": 5, "start": 0.2, "end": 0.6}, [0.2, 0.3, 0.4, 0.5, 0.6, 0.2]),
+    ({"kind": "linear", "period": 3, "start": 0.4, "end": 0.4}, [0.4, 0.4, 0.4, 0.4]),
+    ({"kind": "linear", "period": 3, "repeat": False}, [0, 0.5, 1, 1, 1, 1]),
+    ({"kind": "linear", "period": 3, "repeat": False, "start": 1, "end": 0.5}, [1, 0.75, 0.5, 0.5, 0.5]),
+    # cosine
+    ({"kind": "cosine", "period": 5}, [0, 0.14644660940672624, 0.5, 0.8535533905932737, 1, 0]),
+    ({"kind": "cosine", "period": 4}, [0, 0.25, 0.75, 1, 0, 0.25]),
+    ({"kind": "cosine", "period": 1}, [1, 1]),
+    ({"kind": "cosine", "period": 3, "start": 0.2, "end": 1}, [0.2, 0.6, 1, 0.2]),
+    ({"kind": "cosine", "period": 4, "start": 1, "end": 0}, [1, 0.75, 0.25, 0, 1]),
+    ({"kind": "cosine", "period": 3, "repeat": False}, [0, 0.5, 1, 1, 1]),
+    # warm-up: dense first, and the periods begin after it
+    ({"warmup": 1}, [0, 0, 1, 0, 1]),
+    ({"warmup": 3}, [0, 0, 0, 0, 1, 0, 1]),
+    ({"warmup": 2, "start": 0.5}, [0, 0, 0.5, 1, 0.5]),
+    ({"warmup": 2, "kind": "constant"}, [0, 0, 1, 1, 1]),
+    ({"warmup": 2, "kind": "linear", "period": 3}, [0, 0, 0, 0.5, 1, 0]),
+    ({"warmup": 1, "kind": "linear", "period": 3, "repeat": False}, [0, 0, 0.5, 1, 1, 1]),
+    # cool-down: dense last, and for good; `total` alone ends nothing
+    ({"kind": "constant", "cooldown": 2, "total": 5}, [1, 1, 1, 0, 0, 0, 0]),
+    ({"kind": "constant", "cooldown": 5, "total": 5}, [0, 0, 0, 0, 0, 0]),
+    ({"kind": "constant", "total": 3}, [1, 1, 1, 1, 1]),
+    ({"kind": "constant", "warmup": 1, "cooldown": 1, "total": 4}, [0, 1, 1, 0, 0]),
+    ({"kind": "constant", "warmup": 2, "cooldown": 2, "total": 4}, [0, 0, 0, 0, 0]),
+    ({"kind": "linear", "period": 3, "cooldown": 1, "total": 5}, [0, 0.5, 1, 0, 0, 0, 0]),
+    ({"cooldown": 1, "total": 4, "start": 0.5}, [0.5, 1, 0.5, 0, 0]),
+    # interleave: dense on the first step after the warm-up and on every other from there
+    ({"interleave": True}, [0, 1, 0, 1]),
+    ({"interleave": True, "period": 4}, [0, 0, 0, 1, 0, 0, 0, 1]),
+    ({"interleave": True, "kind": "constant"}, [0, 1, 0, 1, 0]),
+    ({"interleave": True, "kind": "constant", "warmup": 1}, [0, 0, 1, 0, 1]),
+    ({"interleave": True, "kind": "linear", "period": 5}, [0, 0.25, 0, 0.75, 0, 0, 0, 0.5]),
+    ({"interleave": True, "kind": "cosine", "period": 4, "start": 0.5}, [0, 0.625, 0, 1, 0, 0.625]),
+    ({"interleave": True, "kind": "linear", "period": 3, "repeat": False}, [0, 0.5, 0, 1, 0, 1]),
+    ({"interleave": True, "kind": "constant", "cooldown": 2, "total": 6}, [0, 1, 0, 1, 0, 0, 0]),
+    # precedence: warm-up and cool-down, then interleave, then kind
+    (
+        {"interleave": True, "kind": "linear", "period": 3, "warmup": 1, "cooldown": 2, "total": 8},
+        [0, 0, 0.5, 0, 0, 0, 0, 0],
+    ),
+    ({"interleave": True, "start": 1, "end": 0.5, "warmup": 1}, [0, 0, 0.5, 0, 0.5]),
+]
+
+# The same with the factors that compiled code uses.
+QUANTIZED = [
+    ({"kind": "linear", "period": 5}, [0, 1 / 3, 2 / 3, 2 / 3, 1]),
+    ({"kind": "linear", "period": 5, "levels": 5}, [0, 0.25, 0.5, 0.75, 1]),
+    ({"kind": "linear", "period": 5, "levels": 3}, [0, 0.5, 0.5, 1, 1]),
+    ({"kind": "linear", "period": 5, "levels": 2}, [0, 0, 1, 1, 1]),
+    ({"kind": "linear", "period": 5, "levels": 1}, [1, 1, 1, 1, 1]),
+    ({"kind": "linear", "period": 3, "levels": 1, "end": 0.5}, [0.5, 0.5, 0.5]),
+    ({"kind": "linear", "period": 5, "levels": 2, "start": 0.2, "end": 0.6}, [0.2, 0.2, 0.6, 0.6, 0.6]),
+    ({"kind": "linear", "period": 3, "levels": 2, "start": 1, "end": 0.5}, [1, 1, 0.5]),
+    ({"kind": "linear", "period": 3, "start": 0.4, "end": 0.4}, [0.4, 0.4, 0.4]),
+    ({"kind": "cosine", "period": 4, "levels": 2}, [0, 0, 1, 1]),
+    ({"kind": "cosine", "period": 4, "levels": 5}, [0, 0.25, 0.75, 1]),
+    # exact where no rounding is needed
+    ({"kind": "constant", "end": 0.7, "levels": 1}, [0.7, 0.7]),
+    ({"start": 0.3, "end": 0.7, "levels": 1}, [0.3, 0.7]),
+    # the dense steps stay dense, whatever the levels
+    ({"kind": "linear", "period": 2, "levels": 1, "warmup": 2}, [0, 0, 1, 1]),
+    ({"kind": "linear", "period": 3, "levels": 2, "start": 0.5, "warmup": 1}, [0, 0.5, 1, 1]),
+    ({"kind": "linear", "period": 3, "levels": 1, "cooldown": 1, "total": 3}, [1, 1, 0, 0]),
+    ({"kind": "linear", "period": 3, "start": 0.5, "interleave": True, "levels": 2}, [0, 1, 0, 0.5]),
+]
+
+
+@pytest.mark.parametrize(("keys", "factors"), FACTORS)
+def test_factor_is_as_written_out(keys, factors):
+    schedule = Schedule(**keys)
+    assert [schedule.factor(t) for t in range(len(factors))] == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize(("keys", "factors"), QUANTIZED)
+def test_quantized_factor_is_as_written_out(keys, factors):
+    schedule = Schedule(**keys)
+    assert [schedule.quantized_factor(t) for t in range(len(factors))] == pytest.approx(factors, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.1, 0.9), (1.0, 0.3)])
+def test_a_continuous_schedule_has_no_more_factors_than_levels(kind, levels, start, end):
+    schedule = Schedule(kind=kind, start=start, end=end, period=101, levels=levels, warmup=3, interleave=True)
+    factors = {schedule.quantized_factor(t) for t in range(500)} - {0.0}
+    assert len(factors) <= levels
+    assert end in factors
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "bar"])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.1, 0.7), (0.9, 0.3), (1.0, 0.0)])
+def test_factors_stay_between_start_and_end(kind, start, end):
+    schedule = Schedule(kind=kind, start=start, end=end, period=997)
+    factors = [f(t) for t in range(2000) for f in (schedule.factor, schedule.quantized_factor)]
+    assert min(start, end) <= min(factors)
+    assert max(factors) <= max(start, end)
+
+
+def test_schedules_are_frozen_and_hashable():
+    schedule = Schedule(period=4)
+    with pytest.raises(ValueError, match="frozen"):
+        schedule.period = 5
+    assert len({schedule, Schedule(period=4), Schedule(period=5)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"cooldown": 2}, ["cooldown of 2 without total", "add `total`"]),
+        ({"warmup": 6, "cooldown": 5, "total": 10}, ["Schedule(...): total", "Nearest: 11"]),
+        ({"warmup": 6, "total": 5}, ["Schedule(...): total", "Nearest: 6"]),
+        ({"kind": "cosin", "perod": 3}, ["Nearest: cosine", "Nearest: period", "2 problems"]),
+        ({"kind": "cosin", "cooldown": 3}, ["Nearest: cosine", "without total", "2 problems"]),
+    ],
+)
+def test_a_wrong_schedule_names_every_problem(keys, words):
+    with pytest.raises(PolicyError) as error:
+        Schedule(**keys)
+    assert all(word in str(error.value) for word in words)
+
+
+# --- the clock
+
+
+def sgd():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    return torch.optim.SGD([parameter], lr=0.1)
+
+
+def test_a_manual_clock_moves_with_policy_step_alone():
+    policy, optimizer = Policy(schedule={"period": 4}), sgd()
+    seen = []
+    for _ in range(6):
+        seen.append((policy.steps, policy.factor, policy.quantized_factor))
+        optimizer.step()
+        policy.step()
+    assert seen == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 0, 0)]
+
+
+def test_the_default_policy_moves_with_the_optimizer():
+    policy, optimizer = Policy(), sgd()
+    seen = []
+    for _ in range(4):
+        seen.append((policy.steps, policy.factor))
+        optimizer.step()
+    assert seen == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def test_every_optimizer_advances_every_optimizer_clock():
+    first, second = Policy(), Policy(drop_rate=0.5, schedule=Schedule(clock="optimizer", warmup=1))
+    sgd().step()
+    sgd().step()
+    assert (first.steps, second.steps) == (2, 2)
+
+
+def test_taking_over_does_not_count_a_step_twice(caplog):
+    policy, optimizer = Policy(), sgd()
+    with caplog.at_level(logging.INFO, "ssprop_fx.schedule"):
+        for step in range(1, 6):
+            optimizer.step()
+            policy.step()
+            assert policy.steps == step
+    assert [record.name for record in caplog.records] == ["ssprop_fx.schedule"]
+    assert "manual" in caplog.text
+
+
+def test_taking_over_before_the_first_optimizer_step_counts():
+    policy, optimizer = Policy(), sgd()
+    for step in range(1, 6):
+        policy.step()
+        optimizer.step()
+        assert policy.steps == step
+
+
+def test_taking_over_after_many_optimizer_steps_goes_on_from_there():
+    policy, optimizer = Policy(), sgd()
+    for _ in range(5):
+        optimizer.step()
+    policy.step()
+    assert policy.steps == 5
+    policy.step()
+    optimizer.step()
+    assert policy.steps == 6
+
+
+def test_taking_over_after_loading_a_state_does_not_count_a_step_twice():
+    saved, policy, optimizer = Policy(), Policy(), sgd()
+    optimizer.step()
+    policy.load_state_dict(saved.state_dict())
+    policy.step()  # no optimizer step since the state: this is an advance of its own
+    assert policy.steps == saved.steps + 1
+
+
+def test_a_clock_is_not_kept_alive_by_the_optimizers():
+    policy = Policy()
+    before = len(_automatic)
+    del policy
+    gc.collect()
+    assert len(_automatic) < before
+
+
+def test_nothing_listens_to_optimizers_until_a_clock_needs_it():
+    code = """
+import torch.optim.optimizer as o
+from ssprop_fx.policy import Policy
+hooks = o._global_optimizer_post_hooks
+Policy(schedule={})
+assert len(hooks) == 0, "a manual clock registered a hook"
+policies = [Policy(), Policy(), Policy(drop_rate=.5)]
+assert len(hooks) == 1, hooks
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_compiled_optimizer_advances_the_clock_and_does_not_recompile():
+    policy, optimizer = Policy(), sgd()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    with torch.compiler.set_stance("default"):
+        compiled()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(10):
+            compiled()
+    assert policy.steps == 11
