@@ -22,9 +22,7 @@ class Decision:
         return self.settings.drop_rate > 0
 
 
-def assign_policy(
-    convolutions: Sequence[Convolution], policy: Policy, require_match: bool = False
-) -> list[Decision]:
+def assign_policy(convolutions: Sequence[Convolution], policy: Policy, require_match: bool = False) -> list[Decision]:
     """Apply the policy's rules to each convolution, by layer name and kind.
 
     Args:

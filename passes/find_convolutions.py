@@ -71,6 +71,13 @@ def find_convolutions(
     return found
 
 
+def current_arguments(module: GraphModule, node: Node) -> dict[str, Any]:
+    """The arguments of a convolution node by name, as the graph has them now."""
+    match = _match(module, node)
+    assert match is not None
+    return dict(match[1])
+
+
 def example_value(node: Any) -> Any:
     """The tensor that a node stood for while it was traced, from whichever front end; None if unknown."""
     if not isinstance(node, Node):

@@ -149,6 +149,5 @@ def _value(arg: Any) -> Any:
 
 
 def _hint(value: Any) -> int:
-    if isinstance(value, torch.SymInt):
-        return int(value.node.shape_env.size_hint(value.node.expr)) if hasattr(value.node.shape_env, "size_hint") else int(value.node.hint)
-    return int(value)
+    """A size as a number: what a symbolic size was when the graph was traced."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)

@@ -10,11 +10,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
-from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.convolutions import ConvArgs, ConvSpec
 from ssprop_fx.selection import AUTO
 
 from .assign_policy import Decision
-from .find_convolutions import example_value
+from .find_convolutions import current_arguments, example_value
 
 
 class Sparsify(PassBase):
@@ -62,14 +62,15 @@ class Sparsify(PassBase):
             settings.gradients,
             self.allocation,
         )
-        bound = dict(convolution.arguments)
+        bound = current_arguments(graph_module, node)  # an input may be a convolution that was just replaced
         with graph.inserting_before(node):
+            example = None
             if node.op == "call_module":
-                bound |= _module_arguments(graph_module, node)
-            input, args, unbatched = _prepare(graph, spec, bound)
-            new = graph.call_function(
-                ops.conv, (input, bound["weight"], bound["bias"], *args, *operator_settings)
-            )
+                bound |= _module_arguments(graph_module, node, bound["input"])
+                module: Any = graph_module.get_submodule(str(node.target))
+                example = _examples(module, spec)
+            input, args, unbatched = _prepare(graph, spec, bound, example)
+            new = graph.call_function(ops.conv, (input, bound["weight"], bound["bias"], *args, *operator_settings))
             if unbatched:
                 new.meta |= {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
                 new = graph.call_function(torch.squeeze, (new, 0))
@@ -78,25 +79,36 @@ class Sparsify(PassBase):
         graph.erase_node(node)
 
 
-def _module_arguments(graph_module: GraphModule, node: Node) -> dict[str, Any]:
+def _module_arguments(graph_module: GraphModule, node: Node, input: Any) -> dict[str, Any]:
     module: Any = graph_module.get_submodule(str(node.target))
     graph = node.graph
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        input = graph.call_function(
+            torch.nn.functional.pad, (input, module._reversed_padding_repeated_twice), {"mode": module.padding_mode}
+        )
+        padding = 0
     return {
+        "input": input,
         "weight": graph.get_attr(f"{node.target}.weight"),
         "bias": graph.get_attr(f"{node.target}.bias") if module.bias is not None else None,
         "stride": module.stride,
-        "padding": module.padding,
+        "padding": padding,
         "dilation": module.dilation,
         "groups": module.groups,
         **({"output_padding": module.output_padding} if module.transposed else {}),
     }
 
 
-def _prepare(graph, spec, bound) -> tuple[Any, ConvArgs, bool]:
+def _examples(module: Any, spec: ConvSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symbolic trace knows no shapes; a module is taken to be called with a batch."""
+    return torch.empty(1, module.in_channels, *[1] * spec.dim, device="meta"), module.weight
+
+
+def _prepare(graph, spec, bound, examples=None) -> tuple[Any, ConvArgs, bool]:
     """``ConvSpec.prepare`` on a graph: its tensor operations become nodes."""
     recorded: list[tuple[Any, tuple]] = []
-    value = example_value(bound["input"])
-    weight = example_value(bound["weight"])
+    value, weight = examples or (example_value(bound["input"]), example_value(bound["weight"]))
     n = spec.dim
     batched = value is None or value.dim() == n + 2
     simple = not isinstance(bound["padding"], str)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_function_stack as function_modes  # how many TorchFunctionModes are active
 from torch._C._functorch import maybe_current_level as _maybe_current_level
+
+# A name of its own rather than a function around it: it is asked at every convolution call.
+function_modes = torch._C._len_torch_function_stack
 
 
 def functorch_active() -> bool:
@@ -28,9 +30,7 @@ def is_optimized_module(module: Any) -> bool:
 
 def is_compiled(module: Any) -> bool:
     """Whether a module, or one inside it, is compiled: ``torch.compile(module)`` or ``module.compile()``."""
-    return any(
-        is_optimized_module(m) or getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()
-    )
+    return any(is_optimized_module(m) or getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
 
 
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:

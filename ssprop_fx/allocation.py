@@ -53,10 +53,7 @@ class Allocation:
             return keep_count(drop_rate * factor, channels, round_to)
         plan = self._plans.get(factor)
         if plan is None:
-            demands = [
-                Demand(d.layer, d.channels, d.flops, d.drop_rate * factor, d.granule)
-                for d in self.demands.values()
-            ]
+            demands = [Demand(d.layer, d.channels, d.flops, d.drop_rate * factor, d.granule) for d in self.demands.values()]
             plan = self._plans[factor] = plan_counts(demands)
         count = plan.get(layer)
         if count is None or self.demands[layer].channels != channels:

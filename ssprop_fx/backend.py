@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,10 @@ from .passes import (
     verify,
 )
 from .passes.lower_backward import backward_nodes
+from .passes.verify import rewritten_layers
 from .policy import Policy
 from .selection import AUTO, Demand, keep_count, plan_counts
-from .transform import as_policy, transformation_of
+from .transform import as_policy, assign_checked, transformation_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,11 @@ class CompiledState:
     def __init__(self, policy: Policy) -> None:
         self.allocation = Allocation(policy)
         self.records: list[GraphRecord] = []
+        self.checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 _states: weakref.WeakKeyDictionary[Policy, CompiledState] = weakref.WeakKeyDictionary()
+_read: dict[str, Policy] = {}
 _index = ModuleIndex()
 _lock = threading.RLock()
 
@@ -205,13 +208,14 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         )
     policy = transformed or policy or default_policy()
     state = state_of(policy)
-    captured = _copy(graph_module)
-    decisions = [] if transformed is not None else assign_policy(convolutions, policy)
+    captured, already = _copy(graph_module), rewritten_layers(graph_module)
+    decisions = []
+    if transformed is None:
+        _check_rules(names.roots.values(), policy, state)
+        decisions = assign_policy(convolutions, policy)
     Sparsify(decisions, state.allocation.handle)(graph_module)
-    verify(graph_module, decisions)
-    record = GraphRecord(
-        captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()]
-    )
+    verify(graph_module, decisions, already)
+    record = GraphRecord(captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()])
     state.records.append(record)
     logger.info(
         "graph %d: %d of %d convolutions rewritten",
@@ -291,7 +295,7 @@ class PhaseDispatcher:
         factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
         counts, budget = {}, []
         for node, demand in self.demands.items():
-            layer, drop_rate, _, round_to, _, handle = self.settings[node]
+            _, drop_rate, _, round_to, _, handle = self.settings[node]
             rate = drop_rate * factor_of[handle]
             if round_to == AUTO:
                 counts[node.name] = 0
@@ -302,7 +306,27 @@ class PhaseDispatcher:
 
 
 def _resolve(policy: Any) -> Policy | None:
-    return None if policy is None else as_policy(policy)
+    """The policy of the options; a file or mapping is read once, so that all graphs of a model share its clock."""
+    if policy is None or isinstance(policy, Policy):
+        return policy
+    made = as_policy(policy)
+    with _lock:
+        made = _read.setdefault(made.digest, made)
+    if made.schedule.clock == "manual" and made.schedule.kind != "constant":
+        raise SSPropError(
+            "the policy in torch.compile's options has a schedule with a manual clock, and as a path or mapping nobody "
+            "holds it to call policy.step(); pass a Policy object (ssprop_fx.Policy.load(...)) and step that, or set "
+            "`clock: optimizer` in the schedule"
+        )
+    return made
+
+
+def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: CompiledState) -> None:
+    """Every rule must match something of each model, even though a graph may be only a part of it."""
+    for root in roots:
+        if root not in state.checked:
+            assign_checked(root, policy)
+            state.checked.add(root)
 
 
 def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy | None:
@@ -319,9 +343,8 @@ def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy 
 def _copy(graph_module: GraphModule) -> GraphModule:
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
-    assert output is not None
-    new_output = graph.output(output[0])
-    new_output.meta = copy.copy(output[1].meta)
+    value, old_output = output  # type: ignore[misc]
+    graph.output(value).meta = copy.copy(old_output.meta)  # type: ignore[union-attr]
     graph._codegen = graph_module.graph._codegen
     result = GraphModule(graph_module, graph)
     result.meta = copy.copy(graph_module.meta)

@@ -35,9 +35,7 @@ class CallSites:
         own: for a convolution module that calls the function itself: the layer's site, used for its first call.
     """
 
-    def __init__(
-        self, owner: str, make_site: Callable[[str, ConvSpec, frozenset[str]], Site], own: Site | None = None
-    ) -> None:
+    def __init__(self, owner: str, make_site: Callable[[str, ConvSpec, frozenset[str]], Site], own: Site | None = None) -> None:
         self.owner, self.make_site, self.own = owner, make_site, own
         self.sites: dict[str, Site] = {}
 
@@ -61,7 +59,8 @@ def functional_name(owner: str, function: str, nth: int) -> str:
 class _Intercept(TorchFunctionMode):
     def __init__(self, call_sites: CallSites) -> None:
         super().__init__()
-        self.call_sites, self.counts = call_sites, {}
+        self.call_sites = call_sites
+        self.counts: dict[str, int] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spec = SPEC_OF_FUNCTION.get(func)
@@ -90,7 +89,8 @@ def may_call_convolution(module: nn.Module) -> bool:
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
     if any(_value_reaches(value, set()) for value in _stored_functions(module)):
         return True
-    return _class_reaches(type(module))
+    cls: Any = type(module)
+    return _class_reaches(cls)
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -168,7 +168,8 @@ def _resolve(name: str, function: Any, cls: type | None, names: frozenset[str]) 
 
 
 def _names_and_strings(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    names, strings = set(code.co_names), set()
+    names: set[str] = set(code.co_names)
+    strings: set[str] = set()
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             inner_names, inner_strings = _names_and_strings(const)

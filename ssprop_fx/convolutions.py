@@ -109,9 +109,7 @@ class ConvSpec:
                 padding = (0,) * n
             else:
                 input, padding = _pad_same(input, weight, dilation)
-        args = ConvArgs(
-            stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups
-        )
+        args = ConvArgs(stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups)
         return ConvCall(input, args, unbatched)
 
 
@@ -143,9 +141,7 @@ def spec_of_weight(weight_dim: int, transposed: bool) -> ConvSpec:
     return CONVOLUTIONS[f"conv{'_transpose' if transposed else ''}{weight_dim - 2}d"]
 
 
-def conv_kinds(
-    spec: ConvSpec, weight_shape: Sequence[int], groups: int, functional: bool = False
-) -> frozenset[str]:
+def conv_kinds(spec: ConvSpec, weight_shape: Sequence[int], groups: int, functional: bool = False) -> frozenset[str]:
     """The kinds that a policy rule can name. A depthwise convolution is a grouped one, too."""
     kinds = {spec.name}
     out_channels = weight_shape[1] * groups if spec.transposed else weight_shape[0]

@@ -146,9 +146,7 @@ def _next_step(value: Any, near: str | None) -> str:
     if value is None:
         return "write a value, or delete the key"
     if isinstance(value, bool):
-        return (
-            "write the value meant; YAML reads on, off, yes and no as true and false unless they are quoted"
-        )
+        return "write the value meant; YAML reads on, off, yes and no as true and false unless they are quoted"
     if near is None:
         return "write a value of that form"
     if isinstance(value, str):

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -184,8 +183,8 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     if not records:
         if is_compiled(model):
             raise SSPropError(
-                "the model is compiled but nothing has been captured for the backend \"ssprop\" yet; "
-                "run a training step first (and check that backend=\"ssprop\" was given)"
+                'the model is compiled but nothing has been captured for the backend "ssprop" yet; '
+                'run a training step first (and check that backend="ssprop" was given)'
             )
         raise SSPropError(
             f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
@@ -211,7 +210,8 @@ def _of_transformed(model: nn.Module, record: Transformation, measurement: Measu
 
 class _Lazy:
     def __init__(self, make: Callable[[], list[TracedModule]]) -> None:
-        self._make, self._value = make, None
+        self._make = make
+        self._value: list[TracedModule] | None = None
 
     def __call__(self) -> list[TracedModule]:
         if self._value is None:
@@ -226,9 +226,7 @@ def _site_row(site: Site, rung: str, measurement: Measurement | None) -> Row:
         return _row(site.layer, site.spec.name, site.kinds, rung, settings, calls=calls)
     input_shape, weight_shape, output_shape = site.shapes
     total = choices(output_shape[1], site.args.groups)
-    kept = site.allocation.keep(
-        site.layer, total, settings.drop_rate, site.allocation.policy.factor, site.round_to
-    )
+    kept = site.allocation.keep(site.layer, total, settings.drop_rate, site.allocation.policy.factor, site.round_to)
     positions = input_shape if site.args.transposed else output_shape
     dense = calls * conv_backward_flops(positions, weight_shape, site.args.groups, site.args.transposed)
     return _row(
@@ -263,10 +261,12 @@ def _row(
         now = _flops_now(dense, kept, total, settings.gradients)
     if not reason and settings.drop_rate == 0:
         reason = "drop rate 0"
-    plain = [tuple(int(s) for s in shape) for shape in shapes] if shapes else [None] * 3
+    input_shape, weight_shape, output_shape = (
+        (tuple(int(size) for size in shape) for shape in shapes) if shapes else (None, None, None)
+    )
     return Row(
-        layer, kind, tuple(sorted(kinds)), rung, settings.rule, settings.drop_rate, kept, total, *plain,
-        calls, dense, now, reason,
+        layer, kind, tuple(sorted(kinds)), rung, settings.rule, settings.drop_rate, kept, total,
+        input_shape, weight_shape, output_shape, calls, dense, now, reason,
     )  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def _of_compiled(model: nn.Module, records: list, measurement: Measurement | Non
             rows[name] = _skipped_row(name, reason, spec.name, sorted(kinds))
 
     def graphs() -> dict[str, GraphModule]:
-        found = {}
+        found: dict[str, GraphModule] = {}
         for i, (_, record) in enumerate(records):
             found |= {f"graph {i}/{stage}": graph for stage, graph in record.stages().items()}
         return found
@@ -355,4 +355,4 @@ def _user_class(model: nn.Module) -> str:
     return type(unwrap(model)).__name__
 
 
-__all__ = ["Report", "Row", "inspect", "torch"]
+__all__ = ["Report", "Row", "inspect"]

@@ -83,11 +83,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside compiled and data-parallel wrappers."""
     while True:
         if is_optimized_module(model):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+            model = model.get_submodule("module")
         elif "_fsdp_wrapped_module" in model._modules:
-            model = model._modules["_fsdp_wrapped_module"]  # type: ignore[assignment]
+            model = model.get_submodule("_fsdp_wrapped_module")
         else:
             return model
 

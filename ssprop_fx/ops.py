@@ -21,9 +21,7 @@ from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
-_GEOMETRY = (
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
-)
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
 _SETTINGS = "str layer, float drop_rate, str criterion, int round_to, str gradients, str allocation"
 
 _library = torch.library.Library("ssprop", "DEF")
@@ -65,7 +63,7 @@ def kept_now(
 
 
 def _conv_kernel(input, weight, bias, *rest):
-    allocation, (stride, padding, dilation, transposed, output_padding, groups) = rest[-1], rest[:6]
+    allocation = rest[-1]
     output = torch.ops.aten.convolution.default(input, weight, bias, *rest[:6])
     if allocation and rest[9] == AUTO and not torch.compiler.is_compiling():
         announce(rest[6], input, weight, output, ConvArgs(*rest[:6]), rest[7], allocation_for(allocation))
@@ -74,9 +72,7 @@ def _conv_kernel(input, weight, bias, *rest):
 
 def announce(layer: str, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, rate: float, live) -> None:
     """Tell the rounding budget what this call's backward pass will cost."""
-    flops = conv_backward_flops(
-        input.shape if args.transposed else output.shape, weight.shape, args.groups, args.transposed
-    )
+    flops = conv_backward_flops(input.shape if args.transposed else output.shape, weight.shape, args.groups, args.transposed)
     granule = fast_granule(weight.dtype, weight.device)
     live.announce(layer, choices(output.shape[1], args.groups), flops, rate, granule)
 
@@ -88,18 +84,14 @@ def _conv_backward_kernel(grad, input, weight, output, *rest):
     for observe in observers:
         observe(layer)
     grads = sparse_backward(grad, input, weight, output, args, mask, keep, criterion, gradients)
-    expected = _conv_backward_fake(
-        *(t if t is None else t.to("meta") for t in (grad, input, weight, output)), *rest
-    )
+    expected = _conv_backward_fake(*(t if t is None else t.to("meta") for t in (grad, input, weight, output)), *rest)
     return tuple(_laid_out(g, e) for g, e in zip(grads, expected, strict=True))
 
 
 def _laid_out(grad: Tensor | None, expected: Tensor | None) -> Tensor | None:
     if grad is None or expected is None or grad.stride() == expected.stride():
         return grad
-    return torch.empty_strided(
-        expected.shape, expected.stride(), dtype=grad.dtype, device=grad.device
-    ).copy_(grad)
+    return torch.empty_strided(expected.shape, expected.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _conv_fake(input, weight, bias, *rest):

@@ -47,17 +47,11 @@ class Schedule(Checked):
     start: _Factor = Field(default=0.0, description="Factor at the start of a period.")
     end: _Factor = Field(default=1.0, description="Factor at the end of a period.")
     period: Annotated[int, Field(ge=1)] = Field(default=2, description="Length of a period in steps.")
-    repeat: bool = Field(
-        default=True, description="Begin again after each period (bar always does), or hold the factor `end`."
-    )
+    repeat: bool = Field(default=True, description="Begin again after each period (bar always does), or hold the factor `end`.")
     warmup: _Steps = Field(default=0, description="Dense steps first.")
     cooldown: _Steps = Field(default=0, description="Dense steps last; needs `total`.")
-    total: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Steps in all, warm-up and cool-down included."
-    )
-    interleave: bool = Field(
-        default=False, description="Dense on every other step, the first included, whatever the kind."
-    )
+    total: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Steps in all, warm-up and cool-down included.")
+    interleave: bool = Field(default=False, description="Dense on every other step, the first included, whatever the kind.")
     clock: Literal["manual", "optimizer"] = Field(
         default="manual",
         description="What advances the step: policy.step(), or every step of any torch.optim optimizer.",
@@ -96,11 +90,7 @@ class Schedule(Checked):
             return []
         what = f"{total} steps in all are fewer than the {warmup} of warm-up and {cooldown} of cool-down"
         least = str(warmup + cooldown)
-        return [
-            Problem(
-                "Schedule(...)", "total", what, "warmup + cooldown <= total", f"write at least {least}", least
-            )
-        ]
+        return [Problem("Schedule(...)", "total", what, "warmup + cooldown <= total", f"write at least {least}", least)]
 
     def factor(self, step: int) -> float:
         """The factor at ``step``, counted from 0: a pure function."""
@@ -176,9 +166,7 @@ class Clock:
         if it has made one since the clock was made or set: ``optimizer.step(); policy.step()`` is one step.
         """
         if self.mode == "optimizer":
-            logger.info(
-                "policy.step() was called although clock is 'optimizer': from now on the clock is manual"
-            )
+            logger.info("policy.step() was called although clock is 'optimizer': from now on the clock is manual")
             self.set(self.steps if self.ticked else self.steps + 1, "manual")
         else:
             self._go_to(self.steps + 1)

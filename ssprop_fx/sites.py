@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._compat import functorch_active, function_modes
+from ._compat import function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
 from .convolutions import ConvArgs, ConvSpec
@@ -75,16 +75,12 @@ def convolve(
         if site.shapes is None or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
         if site.spec.transposed:
-            return site.spec.function(
-                input, weight, bias, stride, padding, output_padding, groups, dilation
-            )
+            return site.spec.function(input, weight, bias, stride, padding, output_padding, groups, dilation)
         return site.spec.function(input, weight, bias, stride, padding, dilation, groups)
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type):
         input, weight, bias = ops.autocast_arguments(device_type, input, weight, bias)
-    input, args, unbatched = site.spec.prepare(
-        input, weight, stride, padding, dilation, groups, output_padding
-    )
+    input, args, unbatched = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     function = _TransformableConvolution if functorch_active() else _Convolution
     output = function.apply(input, weight, bias, args, site, factor)
     return output.squeeze(0) if unbatched else output
@@ -120,9 +116,7 @@ def _remember(site: Site, input: Tensor, weight: Tensor, output: Tensor, args: C
     site.shapes, site.args = (input.shape, weight.shape, output.shape), args
 
 
-def _convolve_in_graph(
-    site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding
-) -> Tensor:
+def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
     settings = _constant_settings(site)
     if settings[1] <= 0.0:
         options = {"output_padding": output_padding} if site.spec.transposed else {}
@@ -161,15 +155,11 @@ def _backward(ctx, grad, compiling):
     input, weight, output = ctx.saved_tensors
     site, args, needs = ctx.site, ctx.args, ctx.needs_input_grad
     settings = site.settings
-    keep = site.allocation.keep(
-        site.layer, choices(grad.shape[1], args.groups), settings.drop_rate, ctx.factor, site.round_to
-    )
+    keep = site.allocation.keep(site.layer, choices(grad.shape[1], args.groups), settings.drop_rate, ctx.factor, site.round_to)
     for observe in observers:
         observe(site.layer)
     mask = (needs[0], needs[1], ctx.has_bias and needs[2])
-    grads = sparse_backward(
-        grad, input, weight, output, args, mask, keep, settings.criterion, settings.gradients, compiling
-    )
+    grads = sparse_backward(grad, input, weight, output, args, mask, keep, settings.criterion, settings.gradients, compiling)
     return (*grads, None, None, None)
 
 
@@ -196,7 +186,8 @@ class _TransformableConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, *inputs, output)
+        input, weight, bias, args, site, factor = inputs
+        _save(ctx, input, weight, bias, args, site, factor, output)
 
     @staticmethod
     def backward(ctx, grad):
@@ -213,16 +204,10 @@ def convolve_module(module: nn.Module, site: Site, input: Tensor, weight: Tensor
     return convolve(site, input, weight, bias, m.stride, padding, m.dilation, m.groups)
 
 
-def convolve_transposed_module(
-    module: nn.Module, site: Site, input: Tensor, output_size: list[int] | None = None
-) -> Tensor:
+def convolve_transposed_module(module: nn.Module, site: Site, input: Tensor, output_size: list[int] | None = None) -> Tensor:
     """Stands in for ``forward`` of a transposed convolution module."""
     m: Any = module
     if m.padding_mode != "zeros":
         return type(m).forward(m, input, output_size)  # raises what it always raised
-    output_padding = m._output_padding(
-        input, output_size, m.stride, m.padding, m.kernel_size, site.spec.dim, m.dilation
-    )
-    return convolve(
-        site, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, output_padding
-    )
+    output_padding = m._output_padding(input, output_size, m.stride, m.padding, m.kernel_size, site.spec.dim, m.dilation)
+    return convolve(site, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, output_padding)

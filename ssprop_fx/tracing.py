@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Tracer
 from .calls import forward_names
 from .convolutions import spec_of_module
 from .naming import plain_name
-from .passes import Decision, Sparsify, find_convolutions, verify
+from .passes import Convolution, Decision, Sparsify, find_convolutions, verify
 from .sharing import shared_copy
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ logger = logging.getLogger(__name__)
 
 # What a forward may mention only if its trace would not compute the same: torch.fx burns in or drops all of these.
 _UNFAITHFUL = frozenset(
-    "training no_grad enable_grad set_grad_enabled inference_mode autocast is_scripting is_tracing apply "
-    "is_grad_enabled requires_grad_ isinstance checkpoint".split()
-)
+    (
+        "training", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "is_grad_enabled", "requires_grad_",
+        "autocast", "is_scripting", "is_tracing", "isinstance", "apply", "checkpoint",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,21 @@ def _trace(module: nn.Module, name: str) -> GraphModule | None:
 
 def _rewritten(name: str, traced: GraphModule, record: Transformation, prefix: str) -> TracedModule:
     copy = GraphModule(traced, _copy_graph(traced.graph))
-    convolutions = find_convolutions(
-        copy, lambda node, spec: (plain_name(f"{prefix}{node.target}"), node.op != "call_module")
-    )
-    decisions = [Decision(c, record.sites[c.layer].settings) for c in convolutions if c.layer in record.sites]
+    convolutions = find_convolutions(copy, lambda node, spec: (plain_name(f"{prefix}{node.target}"), node.op != "call_module"))
+    decisions = [
+        Decision(c, record.sites[c.layer].settings)
+        for c in convolutions
+        if c.layer in record.sites and c.node.op == "call_module" and _plain(copy.get_submodule(str(c.node.target)), c)
+    ]
     Sparsify(decisions, record.allocation.handle)(copy)
     verify(copy, decisions)
     return TracedModule(name, traced, copy, frozenset(d.convolution.layer for d in decisions))
+
+
+def _plain(module: nn.Module, convolution: Convolution) -> bool:
+    """Whether calling the module is nothing but the convolution, so that a node can stand for it."""
+    base = convolution.spec.module
+    return type(module).forward is base.forward and not _has_hooks(module)  # type: ignore[attr-defined]
 
 
 def _copy_graph(graph: Graph) -> Graph:

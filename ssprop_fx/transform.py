@@ -33,9 +33,14 @@ class Transformation:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.allocation = policy, Allocation(policy)
+        self.allocation = Allocation(policy)
         self.sites: dict[str, Site] = {}
         self.skipped: dict[str, str] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force; a copied model shares it with the original."""
+        return self.allocation.policy
 
     def add(self, layer: str, spec: ConvSpec, kinds: frozenset[str], settings: Settings, rung: str) -> Site:
         site = self.sites[layer] = Site(layer, spec, kinds, settings, self.allocation, rung)
@@ -68,15 +73,8 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     """
     policy = as_policy(policy)
     _refuse(model)
-    layers = layer_kinds(model)
-    callers = {name for name, module in _containers(model) if may_call_convolution(module)}
-    if not layers and not callers:
-        raise TransformError(
-            f"{type(model).__name__} has no convolution, so there is nothing to transform; "
-            f"it holds {_census(model)}"
-        )
-    assigned = policy.assign(layers, require_match=False)
-    check_rules(policy, layers, callers)
+    layers, callers = layer_kinds(model), functional_callers(model)
+    assigned = assign_checked(model, policy)
     policy.bind(assigned)
 
     result = shared_copy(model)
@@ -138,16 +136,31 @@ def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
     return found
 
 
-def check_rules(policy: Policy, layers: dict[str, frozenset[str]], callers: set[str]) -> None:
-    """Refuse a rule that can match neither a layer nor a functional call that one of ``callers`` may make."""
+def functional_callers(model: nn.Module) -> set[str]:
+    """Names of the modules whose forward may call a convolution function."""
+    return {name for name, module in _containers(model) if may_call_convolution(module)}
+
+
+def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
+    """Layer name → settings for the convolution modules of a model, every rule accounted for.
+
+    Raises:
+        TransformError: the model has no convolution.
+        PolicyError: a rule can match neither a layer nor a functional call that a module of the model may make.
+    """
+    layers, callers = layer_kinds(model), functional_callers(model)
+    if not layers and not callers:
+        raise TransformError(
+            f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
+        )
     everything = dict(layers)
     for owner in callers:
         for function in CONVOLUTIONS:
             for nth in range(10):
                 everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
     if policy.unmatched_rules(everything):
-        problems = policy.unmatched_rules(layers)
-        raise PolicyError(problems)
+        raise PolicyError(policy.unmatched_rules(layers))
+    return policy.assign(layers, require_match=False)
 
 
 def scripted_convolutions(model: nn.Module) -> Iterator[str]:
@@ -190,8 +203,7 @@ def _refuse(model: Any) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TransformError(
-            "the model was scripted or traced by torch.jit, which hides its convolutions; "
-            "call transform on the Python model"
+            "the model was scripted or traced by torch.jit, which hides its convolutions; call transform on the Python model"
         )
     wrapper = type(model).__name__
     if is_compiled(model):

@@ -200,8 +200,12 @@ def cases(draw: Any, modules: bool = False) -> Case:
         least = [max(1, r + 1 - (2 * p if special is None else p)) for r, p in zip(reach, pads, strict=True)]
         if mode != "zeros":
             least = [max(low, p + 1) for low, p in zip(least, pads, strict=True)]
-    spatial = tuple(low + draw(st.integers(0, 4 if dim < 3 else 2)) for low in least)
     batch = draw(st.sampled_from((None, 1, 2, 3)))
+    channels_last = draw(st.booleans()) and dim > 1 and batch is not None
+    if channels_last and dtype == torch.bfloat16:
+        # oneDNN's own dense weight gradient is garbage there for a width of 1 under stride 2 (torch 2.15, CPU)
+        least[-1] = max(least[-1], 2)
+    spatial = tuple(low + draw(st.integers(0, 4 if dim < 3 else 2)) for low in least)
     bias = draw(st.booleans())
     frozen = draw(st.sampled_from(("nothing", "nothing", "nothing", "weight", "input")))
     criterion = draw(st.sampled_from(CRITERIA))
@@ -222,7 +226,7 @@ def cases(draw: Any, modules: bool = False) -> Case:
         bias,
         mode,
         dtype,
-        channels_last=draw(st.booleans()) and dim > 1 and batch is not None,
+        channels_last=channels_last,
         grad_layout=draw(st.sampled_from(("plain", "expanded", "strided", "transposed", "channels_last")))
         if dim > 1
         else draw(st.sampled_from(("plain", "expanded", "strided"))),
@@ -274,7 +278,7 @@ def check_gradients(
             assert torch.equal(actual, expected), "a dense backward pass is not bit-equal"
         return
 
-    kept = _kept(case, tensors, output, grad, got, keep)
+    kept = _kept(case, output, grad, _rows(case, got, _dense(forward, tensors, grad.double())), keep)
     shape = [1] * grad.dim()
     shape[grad.dim() - case.spec.dim - 1] = -1
     masked = torch.where(kept.view(shape), grad.double(), torch.zeros((), dtype=torch.float64))
@@ -284,6 +288,7 @@ def check_gradients(
         expected[0] = _dense(forward, tensors, grad.double())[0]
         terms[0] = _dense(forward, [None if t is None else t.abs() for t in tensors], grad.double().abs())[0]
     unit = torch.finfo(case.dtype).eps * _ROUNDINGS[case.dtype]
+    subnormal = torch.finfo(case.dtype).smallest_normal * torch.finfo(case.dtype).eps
     for name, tensor, value, reference, magnitude in zip(
         ("input", "weight", "bias"), tensors, got, expected, terms, strict=True
     ):
@@ -291,7 +296,7 @@ def check_gradients(
             assert value.shape == tensor.shape
             assert value.dtype == tensor.dtype
             error = (value.double() - reference).abs()
-            worst = (error - unit * magnitude).max().item() if error.numel() else 0.0
+            worst = (error - unit * magnitude - subnormal).max().item() if error.numel() else 0.0
             assert worst <= 0, f"gradient of the {name} is off by {error.max().item():.3g}"
 
 
@@ -316,13 +321,11 @@ def _dense(forward, tensors, grad) -> list[Tensor | None]:
     return [None if t is None else found.pop(0) for t in leaves]
 
 
-def _kept(case: Case, tensors, output, grad, got, keep) -> Tensor:
+def _kept(case: Case, output: Tensor, grad: Tensor, shown: Tensor | None, keep: int) -> Tensor:
     """(K,) which channels were kept: by importance, and where that is undecided, by what the gradients show."""
     per_group = case.channels
-    whole_groups = case.out_channels == case.groups
-    shown = _rows(case, got)
     if case.criterion == "random":
-        assert shown is not None
+        assume(shown is not None)
         counts = shown.view(-1, per_group).sum(1)
         assert counts.tolist() == [keep] * len(counts), "random keeps a wrong number of channels"
         return shown
@@ -339,17 +342,19 @@ def _kept(case: Case, tensors, output, grad, got, keep) -> Tensor:
         low = torch.where(mask, score + rounding, torch.inf).min(1).values
         high = torch.where(mask, -torch.inf, score - rounding).max(1).values
         assert (low >= high).all(), "a less important channel was kept"
-    assert whole_groups or len(mask) == case.groups
     return mask.flatten()
 
 
-def _rows(case: Case, got: Sequence[Tensor | None]) -> Tensor | None:
-    """(K,) where the gradients of the parameters are not zero; None if no parameter has one."""
-    _, weight, bias = got
-    if bias is not None:
-        return bias != 0
-    if weight is None:
+def _rows(case: Case, got: Sequence[Tensor | None], dense: Sequence[Tensor | None]) -> Tensor | None:
+    """(K,) where a parameter's gradient is not zero; None if that does not tell the kept channels."""
+    if got[2] is not None:
+        return got[2] != 0
+    if got[1] is None or not _nonzero(case, dense[1]).all():  # an output that sees nothing but padding
         return None
+    return _nonzero(case, got[1])
+
+
+def _nonzero(case: Case, weight: Tensor) -> Tensor:
     if case.spec.transposed:
         c, k, *kernel = weight.shape
         weight = weight.reshape(case.groups, c // case.groups, k, *kernel).transpose(1, 2).flatten(0, 1)

@@ -1,7 +1,6 @@
 """A policy is checked once, at load; it decides settings layer by layer; only its clock moves."""
 
 import copy
-import gc
 import io
 import json
 import pickle
@@ -9,14 +8,18 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+import yaml
 
 from ssprop_fx.errors import PolicyError, Problem, SSPropError, nearest
-from ssprop_fx.policy import CRITERIA, KINDS, Policy, Rule, Settings, policy_for
+from ssprop_fx.policy import CRITERIA, KINDS, Policy, Rule, Settings
 from ssprop_fx.schedule import Schedule
+
+REFERENCE = Path(__file__).parent.parent / "docs" / "policy.md"
 
 FULL = """\
 version: 1
@@ -133,6 +136,24 @@ def test_three_ways_to_the_same_contents(write):
 )
 def test_other_contents_have_another_digest(change):
     assert Policy(**change).digest != Policy().digest
+
+
+def test_the_examples_of_the_reference_are_policies_and_name_every_key(write):
+    examples = re.findall(r"```yaml\n(.*?)```", REFERENCE.read_text(encoding="utf-8"), re.DOTALL)
+    for example in examples:
+        Policy.load(write(example))
+    assert set(re.findall(r"^[ -]*(\w+):", "".join(examples), re.MULTILINE)) == {
+        *Policy().to_dict(),
+        *Schedule.model_fields,
+        *Rule.model_fields,
+    }
+
+
+def test_the_reference_states_every_default():
+    rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \|", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
+    stated = {key: yaml.safe_load(value) for key, value in rows}
+    defaults = Policy().to_dict() | Schedule().model_dump() | {"optional": False}
+    assert stated == {key: value for key, value in defaults.items() if key not in ("schedule", "rules")}
 
 
 # --- what is wrong with a file
@@ -487,25 +508,17 @@ def test_drop_rates_follow_the_clock():
 
 def test_nothing_but_the_clock_can_be_changed():
     policy = Policy()
-    for name in ("drop_rate", "rules", "handle", "digest", "factor", "steps", "drop_rat"):
+    for name in ("drop_rate", "rules", "digest", "factor", "steps", "drop_rat"):
         with pytest.raises(AttributeError):
             setattr(policy, name, 0.5)
     with pytest.raises(AttributeError, match="drop_rat"):
         _ = policy.drop_rat
 
 
-def test_a_handle_finds_its_policy_for_as_long_as_it_lives():
+def test_a_policy_equals_itself_alone():
     policy, twin = Policy(drop_rate=0.123), Policy(drop_rate=0.123)
     assert policy.digest == twin.digest
     assert policy != twin
-    assert (policy.handle, twin.handle) == (f"{policy.digest}#1", f"{policy.digest}#2")
-    assert policy_for(policy.handle) is policy
-    handle = twin.handle
-    del twin
-    gc.collect()
-    with pytest.raises(SSPropError, match=re.escape(handle)):
-        policy_for(handle)
-    assert Policy(drop_rate=0.123).handle == f"{policy.digest}#3"
 
 
 def torch_saved(policy):
@@ -518,7 +531,7 @@ def torch_saved(policy):
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p)), torch_saved]
 )
-def test_a_copy_is_independent_and_has_a_handle_of_its_own(write, duplicate):
+def test_a_copy_is_independent(write, duplicate):
     policy = Policy.load(write(FULL))
     policy.step()
     policy.bind(policy.assign(LAYERS))
@@ -526,8 +539,6 @@ def test_a_copy_is_independent_and_has_a_handle_of_its_own(write, duplicate):
     assert (twin.digest, twin.steps, twin.factor) == (policy.digest, 1, 1)
     assert twin.rules[0].origin == policy.rules[0].origin
     assert twin.drop_rates() == policy.drop_rates() != {}
-    assert twin.handle != policy.handle
-    assert policy_for(twin.handle) is twin
     policy.step()
     twin.bind({"more": Settings(0.1, "l1", 1, "all", "default")})
     assert (policy.steps, twin.steps) == (2, 1)

@@ -2,11 +2,14 @@
 
 import gc
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ssprop_fx.errors import PolicyError
 from ssprop_fx.policy import Policy
@@ -105,6 +108,16 @@ QUANTIZED = [
 def test_factor_is_as_written_out(keys, factors):
     schedule = Schedule(**keys)
     assert [schedule.factor(t) for t in range(len(factors))] == pytest.approx(factors, abs=1e-12)
+
+
+def test_the_pictures_of_the_reference_are_right():
+    text = (Path(__file__).parent.parent / "docs" / "policy.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"^(\{[^}]*\}) +([\d. ]+)$", text, re.MULTILINE)
+    assert len(pictures) == 10
+    for keys, factors in pictures:
+        schedule = Schedule(**yaml.safe_load(keys))
+        drawn = [float(factor) for factor in factors.split()]
+        assert drawn == pytest.approx([schedule.factor(t) for t in range(12)], abs=0.005), keys
 
 
 @pytest.mark.parametrize(("keys", "factors"), QUANTIZED)

@@ -1,0 +1,27 @@
+"""The command ``ssprop-fx``: its entry point, where errors become text and exit codes.
+
+0 is success, 1 an error of a policy or a model, 2 a wrong command line. The commands are in :mod:`ssprop_fx.commands`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .errors import SSPropError
+
+_EXTRA_OF = {"typer": "cli", "rich": "cli", "sklearn": "demo"}
+
+
+def main() -> None:
+    """Run the command line of the process."""
+    try:
+        from .commands import app
+
+        app()
+    except SSPropError as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as missing:
+        extra = _EXTRA_OF.get((missing.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        sys.exit(f"error: {missing.name} is not installed; pip install 'ssprop-fx[{extra}]'")
