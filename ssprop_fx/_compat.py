@@ -65,9 +65,16 @@ def compile_fx(*args: Any, **kwargs: Any) -> Any:
 
 
 def compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
-    """Inductor, from an aten graph."""
-    from torch._inductor.compile_fx import compile_fx_inner as implementation
+    """Inductor, from an aten graph that holds no operator of ours any more.
 
+    Newer releases hand the decomposition table down as ``get_decomp_fn`` and make it a part of the cache key; ours cannot
+    be pickled, and is not needed any more, so the usual one takes its place and the graph is cached.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner as implementation
+    from torch._inductor.decomposition import select_decomp_table
+
+    if "get_decomp_fn" in kwargs:
+        kwargs["get_decomp_fn"] = select_decomp_table
     return implementation(*args, **kwargs)
 
 

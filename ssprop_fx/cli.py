@@ -21,7 +21,7 @@ def main() -> None:
     except SSPropError as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as missing:
-        extra = _EXTRA_OF.get((missing.name or "").partition(".")[0])
-        if extra is None:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _EXTRA_OF:
             raise
-        sys.exit(f"error: {missing.name} is not installed; pip install 'ssprop-fx[{extra}]'")
+        sys.exit(f"error: {package} is not installed; pip install 'ssprop-fx[{_EXTRA_OF[package]}]'")

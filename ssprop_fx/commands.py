@@ -189,7 +189,9 @@ def inspect(
     transformed = ssprop_fx.transform(original, chosen)
     try:
         transformed(*inputs)  # tells the report the shapes
-    except (RuntimeError, ValueError, TypeError) as problem:
+    except SSPropError:
+        raise
+    except Exception as problem:  # the model's own code may raise anything
         raise SSPropError(f"{model} does not run on {', '.join(shapes)}: {_first_line(problem)}") from problem
     report = ssprop_fx.inspect(transformed, inputs)
     print(report.to_json() if as_json else report)

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._compat import fake_mode_of
 from .inspection import Report, inspect
 from .policy import Policy
 from .transform import transform
@@ -75,8 +75,8 @@ class Digits:
     test_labels: Tensor
 
     @classmethod
-    def load(cls, seed: int, test_share: float = 0.3) -> Digits:
-        """The 1797 images, split by ``seed``."""
+    def load(cls, seed: int, train: int = 1280) -> Digits:
+        """The 1797 images, ``train`` of them to train on, split by ``seed``."""
         from sklearn.datasets import load_digits
 
         raw = load_digits()
@@ -84,8 +84,8 @@ class Digits:
         images = (images - images.mean()) / images.std()
         labels = torch.tensor(raw.target)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        test, train = order.split([round(len(order) * test_share), round(len(order) * (1 - test_share))])
-        return cls(images[train], labels[train], images[test], labels[test])
+        fit, test = order[:train], order[train:]
+        return cls(images[fit], labels[fit], images[test], labels[test])
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """Both outcomes, what they were measured on, and what was rewritten, as it stood at a step of the highest factor."""
+    """Both outcomes, what they were measured on, and what was rewritten, at the last step of the highest factor."""
 
     dense: Outcome
     sparse: Outcome
@@ -157,21 +157,16 @@ class Trainee:
         module: to train; evaluated as it is, whatever runs it.
         run: what a step calls: the module, or the module compiled.
         steps: of training in all.
-        count: None to count the FLOPs of a step by running it under a counter; else what tells them after the step,
-            as (of the convolution backward passes, of all).
+        count: what tells the FLOPs of a step that has just been made; None to run the step under a counter.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        run: Callable[[Tensor], Tensor],
-        steps: int,
-        count: Callable[[], tuple[int, int]] | None,
+        self, module: nn.Module, run: Callable[[Tensor], Tensor], steps: int, count: Callable[[], int] | None = None
     ) -> None:
         self.module, self.run, self.count = module, run, count
         self.optimizer = torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, weight_decay=_DECAY, nesterov=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, _RATE, total_steps=steps)
-        self.flops: dict[float, tuple[int, int]] = {}
+        self.flops: dict[float, int] = {}
         self.seconds: dict[float, list[float]] = {}
         self.factors: list[float] = []
         self.loss = 0.0
@@ -189,7 +184,7 @@ class Trainee:
         self.loss = loss.item()
         seconds = time.perf_counter() - start
         if first:
-            self.flops[factor] = flops_of(counter) if counter else self.count()  # type: ignore[misc]
+            self.flops[factor] = self.count() if self.count else counter.get_total_flops()  # type: ignore[union-attr]
             self.seconds[factor] = []
         else:
             self.seconds[factor].append(seconds)
@@ -197,16 +192,16 @@ class Trainee:
         self.schedule.step()
 
     @torch.no_grad()
-    def outcome(self, digits: Digits) -> Outcome:
-        """Evaluate, and sum up."""
+    def outcome(self, digits: Digits, other_flops: int) -> Outcome:
+        """Evaluate, and sum up; ``other_flops`` of a step are not for a backward pass of a convolution."""
         self.module.eval()
         right = self.module(digits.test_images).argmax(1) == digits.test_labels
         step_ms = {f: 1e3 * statistics.median(s) for f, s in self.seconds.items() if s}
         timed = [step_ms[f] for f in self.factors if f in step_ms]
         return Outcome(
             right.float().mean().item(),
-            sum(self.flops[f][0] for f in self.factors),
-            sum(self.flops[f][1] for f in self.factors),
+            sum(self.flops[f] - other_flops for f in self.factors),
+            sum(self.flops[f] for f in self.factors),
             step_ms,
             statistics.mean(timed) if timed else float("nan"),
         )
@@ -232,22 +227,27 @@ def train(
     network = ResNet()
     batches = len(digits.images) // BATCH
     steps = epochs * batches
-    dense, sparse = _trainees(network, policy, digits.images[:BATCH], digits.labels[:BATCH], steps, compiled)
+    conv_flops, forward_flops, all_flops = _dense_flops(network, digits.images[:BATCH], digits.labels[:BATCH])
+    twin = copy.deepcopy(network)
+    if compiled:
+        dense = Trainee(network, torch.compile(network, fullgraph=True), steps, lambda: all_flops)
+        run: Any = torch.compile(twin, backend="ssprop", fullgraph=True, options={"policy": policy})  # type: ignore[dict-item]
+        sparse = Trainee(twin, run, steps, lambda: forward_flops + _lowered_flops(run, policy, all_flops - forward_flops))
+    else:
+        run = transform(twin, policy)
+        dense, sparse = Trainee(network, network, steps, lambda: all_flops), Trainee(run, run, steps)
 
     factor_at = policy.schedule.quantized_factor if compiled else policy.schedule.factor
-    show_at = max(range(steps), key=lambda t: (factor_at(t), t))
     shuffle, lot = torch.Generator().manual_seed(seed), random.Random(seed)
     for step in range(steps):
         if step % batches == 0:
             order = torch.randperm(len(digits.images), generator=shuffle)
         index = order[step % batches * BATCH :][:BATCH]
         images, labels = _shifted(digits.images[index], shuffle), digits.labels[index]
-        turns = [(dense, 0.0), (sparse, factor_at(policy.steps))]
+        turns = [(dense, 0.0), (sparse, factor_at(step))]
         lot.shuffle(turns)
         for trainee, factor in turns:
             trainee.step(images, labels, factor)
-        if step == show_at:
-            report = inspect(sparse.run if compiled else sparse.module)  # type: ignore[arg-type]
         policy.step()
         progress(step + 1, steps, f"loss {dense.loss:.3f} dense, {sparse.loss:.3f} policy")
     setting = {
@@ -262,45 +262,31 @@ def train(
         "threads": torch.get_num_threads(),
         "policy": policy.to_dict(),
     }
-    return Result(dense.outcome(digits), sparse.outcome(digits), setting, report)
+    other_flops = all_flops - conv_flops
+    outcomes = dense.outcome(digits, other_flops), sparse.outcome(digits, other_flops)
+    last = max(range(steps), key=lambda step: (factor_at(step), step))
+    policy.load_state_dict({**policy.state_dict(), "steps": last})
+    return Result(*outcomes, setting, inspect(run))
 
 
-def flops_of(counter: FlopCounterMode) -> tuple[int, int]:
-    """What a counter saw: FLOPs of convolution backward passes, and all."""
-    return counter.get_flop_counts()["Global"].get(_BACKWARD, 0), counter.get_total_flops()
-
-
-def backward_graph_flops(graph: GraphModule) -> tuple[int, int]:
-    """FLOPs of a backward graph as it was lowered for a phase, counted by running it on tensors without data."""
-    inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    with torch._guards.detect_fake_mode(inputs), FlopCounterMode(display=False) as counter:
-        graph(*inputs)
-    return flops_of(counter)
-
-
-def _trainees(
-    network: nn.Module, policy: Policy, images: Tensor, labels: Tensor, steps: int, compiled: bool
-) -> tuple[Trainee, Trainee]:
-    twin = copy.deepcopy(network)
-    if not compiled:
-        rewritten = transform(twin, policy)
-        return Trainee(network, network, steps, None), Trainee(rewritten, rewritten, steps, None)
+def _dense_flops(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int, int]:
+    """FLOPs of a step: of the convolutions' backward passes, of the forward pass, of all."""
     with FlopCounterMode(display=False) as counter:
-        forward = copy.deepcopy(network)(images)
-        forward_flops = counter.get_total_flops()
-        F.cross_entropy(forward, labels).backward()
-    dense_flops = flops_of(counter)
-    sparse_run: Any = torch.compile(twin, backend="ssprop", fullgraph=True, options={"policy": policy})
+        loss = F.cross_entropy(copy.deepcopy(network)(images), labels)
+        forward = counter.get_total_flops()
+        loss.backward()
+    return counter.get_flop_counts()["Global"][_BACKWARD], forward, counter.get_total_flops()
 
-    def count() -> tuple[int, int]:
-        lowered = inspect(sparse_run).graphs.get(f"graph 0/backward, factor {policy.quantized_factor:g}")
-        if lowered is None:  # nothing in the graph follows the policy
-            return dense_flops
-        convolutions, everything = backward_graph_flops(lowered)
-        return convolutions, forward_flops + everything
 
-    dense_run: Any = torch.compile(network, fullgraph=True)
-    return Trainee(network, dense_run, steps, lambda: dense_flops), Trainee(twin, sparse_run, steps, count)
+def _lowered_flops(compiled: Any, policy: Policy, dense: int) -> int:
+    """FLOPs of the backward graph that ran last, counted by running it on tensors without data."""
+    graph = inspect(compiled).graphs.get(f"graph 0/backward, factor {policy.quantized_factor:g}")
+    if graph is None:  # nothing in it follows the policy
+        return dense
+    inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    with fake_mode_of(inputs), FlopCounterMode(display=False) as counter:
+        graph(*inputs)
+    return counter.get_total_flops()
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -88,11 +88,9 @@ def _from_file(path: Path) -> ModuleType:
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise NameProblem(f"there is no file {path}{_hint(path.name, siblings)}")
     sys.path.insert(0, str(path.parent.resolve()))  # as `python path` does
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    name = f"_ssprop_model_{path.stem}"  # a file named as a module that is in use must not replace it
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -203,8 +203,8 @@ def cases(draw: Any, modules: bool = False) -> Case:
     batch = draw(st.sampled_from((None, 1, 2, 3)))
     channels_last = draw(st.booleans()) and dim > 1 and batch is not None
     if channels_last and dtype == torch.bfloat16:
-        # oneDNN's own dense weight gradient is garbage there for a width of 1 under stride 2 (torch 2.15, CPU)
-        least[-1] = max(least[-1], 2)
+        # oneDNN's own dense weight gradient can be NaN there where the kernel is larger than the input (torch 2.15)
+        least = [max(low, r + 1) for low, r in zip(least, reach, strict=True)]
     spatial = tuple(low + draw(st.integers(0, 4 if dim < 3 else 2)) for low in least)
     bias = draw(st.booleans())
     frozen = draw(st.sampled_from(("nothing", "nothing", "nothing", "weight", "input")))

@@ -1,0 +1,289 @@
+"""The command ``ssprop-fx``: what it prints, its exit codes, and that nobody meets a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from ssprop_fx import Policy
+from ssprop_fx.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["ssprop-fx", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        code = exit.value.code
+        if isinstance(code, str):  # as the interpreter does with a text
+            return 1, captured.out, captured.err + code
+        return code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["policy"], ["policy", "check"], ["policy", "init"]])
+def test_help_of_every_command(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage: " in out
+    assert not command or (len(command) == 1 and command[0] == "policy") or "Example" in out
+
+
+def test_version_names_both_packages(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("ssprop-fx ")
+    assert "PyTorch" in out
+
+
+@pytest.mark.parametrize(
+    "args", [["nosuch"], ["policy", "check"], ["inspect"], ["demo", "--epochs", "0"], ["demo", "--nosuch"]]
+)
+def test_a_wrong_command_line_is_exit_code_2(run, args):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err
+
+
+# --- policy -------------------------------------------------------------------------------------------------
+
+
+def test_the_starter_policy_is_the_default_policy_and_passes_check(run, tmp_path):
+    path = tmp_path / "policy.yaml"
+    assert run("policy", "init", "-o", path)[0] == 0
+    assert Policy.load(path).digest == Policy().digest
+    code, out, _ = run("policy", "check", path)
+    assert code == 0
+    assert "valid" in out
+    assert run("policy", "init")[1] == path.read_text()
+
+
+def test_the_rules_in_the_starter_policy_are_valid_once_uncommented(tmp_path, run):
+    head, _, rules = run("policy", "init")[1].partition("rules: []")
+    path = tmp_path / "policy.yaml"
+    path.write_text(head + "rules:" + rules.replace("\n#", "\n"))
+    assert len(Policy.load(path).rules) == 3
+
+
+def test_init_overwrites_nothing(run, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("mine")
+    code, _, err = run("policy", "init", "-o", path)
+    assert code == 1
+    assert "exists" in err
+    assert path.read_text() == "mine"
+
+
+def test_check_prints_every_problem_and_no_traceback(run, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("drop_rat: 0.5\nschedule:\n  kind: barr\n")
+    code, out, err = run("policy", "check", path)
+    assert (code, out) == (1, "")
+    assert "policy.yaml:1: drop_rat" in err
+    assert "policy.yaml:3: schedule.kind" in err
+    assert "Traceback" not in err
+
+
+def test_check_of_a_file_that_is_not_there(run, tmp_path):
+    code, _, err = run("policy", "check", tmp_path / "policy.yml")
+    assert code == 1
+    assert "cannot be read" in err
+
+
+def test_check_as_json_gives_the_whole_policy(run):
+    code, out, _ = run("policy", "check", ROOT / "examples" / "policy.yaml", "--json")
+    assert code == 0
+    assert Policy.from_dict(json.loads(out)["policy"]).digest == json.loads(out)["digest"]
+
+
+def test_schema_accepts_the_starter_policy(run):
+    schema = json.loads(run("policy", "schema")[1])
+    jsonschema.validate(yaml.safe_load(run("policy", "init")[1]), schema)
+
+
+# --- inspect ------------------------------------------------------------------------------------------------
+
+NET = """\
+from torch import nn
+from sibling import WIDTH
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), nn.Conv2d(WIDTH, 16, 3))
+
+ready = Net()
+number = 3
+def fails():
+    raise ImportError("the model's own problem")
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "sibling.py").write_text("WIDTH = 32\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path / "net.py"
+
+
+def test_inspect_of_a_torchvision_model_measures_full_coverage(run):
+    pytest.importorskip("torchvision")
+    code, out, _ = run("inspect", "torchvision:resnet18", "--input", "2x3x32x32", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["coverage"] == 1
+    assert report["measurement"]["dense"] == 20
+    assert len(report["rows"]) == 20
+    assert all(row["kept"] == row["total"] for row in report["rows"])
+
+
+def test_inspect_needs_no_download(run, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    code, out, _ = run("inspect", "torchvision:fcn_resnet50", "--input", "2x3x32x32")  # its backbone's default is trained
+    assert code == 0
+    assert "0 missed" in out
+
+
+@pytest.mark.parametrize("name", ["{net}:Net", "{net}:ready", "net:Net"])
+def test_inspect_of_ones_own_model(run, net, name):
+    code, out, _ = run("inspect", name.format(net=net), "-i", "2x3x8x8", "--step", "1")
+    assert code == 0
+    assert "2 of 2 convolutions rewritten; step 1, factor 1" in out
+    assert "0 missed" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resnet18", "-i", "1x3x8x8"], "torchvision:NAME"),
+        (["torchvision:resnet19", "-i", "1x3x8x8"], "nearest: resnet18"),
+        (["nosuchmodule:Net", "-i", "1x3x8x8"], "nosuchmodule"),
+        (["net:Nett", "-i", "1x3x8x8"], "nearest: Net"),
+        (["net:number", "-i", "1x3x8x8"], "not a torch.nn.Module"),
+        (["nett.py:Net", "-i", "1x3x8x8"], "nearest: net.py"),
+        (["net:Net", "-i", "1,3,8,8"], "no shape"),
+        (["net:Net"], "--input"),
+    ],
+)
+def test_a_model_or_input_that_cannot_be_named_is_exit_code_2(run, net, args, message):
+    code, out, err = run("inspect", *args)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_an_input_that_the_model_refuses_is_exit_code_1(run, net):
+    code, out, err = run("inspect", "net:Net", "-i", "2x4x8x8")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: net:Net does not run on 2x4x8x8: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_rule_that_matches_nothing_is_exit_code_1(run, net):
+    Path("policy.yaml").write_text('rules:\n  - layers: "layer9.*"\n    drop_rate: 0\n')
+    code, out, err = run("inspect", "net:Net", "-i", "2x3x8x8", "--policy", "policy.yaml")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: policy.yaml:2: rules[0].layers")
+
+
+# --- demo ---------------------------------------------------------------------------------------------------
+
+
+def check_saving(result):
+    steps, report = result["setting"]["steps"], result["report"]
+    assert result["saved"]["conv_flops"] == pytest.approx(0.4, abs=0.005)
+    # the report's rows say the same as the counter; they include the input gradient of the first layer
+    rows = steps / 2 * (report["flops_dense"] + report["flops_now"])
+    assert result["policy"]["conv_flops"] == pytest.approx(rows, rel=0.005)
+    assert report["factor"] == 1
+    assert all(row["rung"] != "-" for row in report["rows"])
+
+
+def test_demo_saves_40_percent(run):
+    code, out, _ = run("demo", "--epochs", "1", "--json")
+    assert code == 0
+    check_saving(json.loads(out))
+
+
+def test_demo_prints_a_table_and_the_report(run, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("drop_rate: 0.5\nschedule: {kind: constant, clock: manual}\nrules: [{layers: stem.0, drop_rate: 0}]\n")
+    code, out, err = run("demo", "--epochs", "1", "--policy", path)
+    assert code == 0
+    for words in (
+        "test accuracy",
+        "backward convolution FLOPs",
+        "mean step time",
+        "9 of 9 convolutions rewritten",
+        "drop rate 0",
+    ):
+        assert words in out
+    assert "%" in out
+    assert "steps" not in err  # no progress bar where there is no terminal
+
+
+@pytest.mark.slow
+def test_demo_ends_within_a_point_of_dense(run):
+    code, out, _ = run("demo", "--json")
+    result = json.loads(out)
+    assert code == 0
+    check_saving(result)
+    assert result["dense"]["accuracy"] > 0.97
+    assert result["policy"]["accuracy"] >= result["dense"]["accuracy"] - 0.01
+
+
+@pytest.mark.slow
+@compiler
+def test_demo_through_the_compiler_saves_the_same(run):
+    code, out, _ = run("demo", "--epochs", "1", "--compile", "--json")
+    assert code == 0
+    check_saving(json.loads(out))
+
+
+@pytest.mark.parametrize(("module", "extra"), [("typer", "cli"), ("rich.console", "cli"), ("sklearn.datasets", "demo")])
+def test_a_missing_extra_is_one_line_with_the_pip_command(run, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "ssprop_fx.commands", raising=False)
+    code, out, err = run("demo", "--epochs", "1")
+    assert (code, out) == (1, "")
+    assert err == f"error: {module.partition('.')[0]} is not installed; pip install 'ssprop-fx[{extra}]'"
+
+
+# --- what is installed --------------------------------------------------------------------------------------
+
+
+def test_quickstart_runs_from_any_directory(tmp_path):
+    pytest.importorskip("torchvision")
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "20 of 20 convolutions rewritten" in done.stdout
+
+
+def test_torch_lists_the_backend_without_our_being_imported():
+    code = "import sys, torch; print(torch._dynamo.list_backends(), 'ssprop_fx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "'ssprop'" in done.stdout
+    assert done.stdout.strip().endswith("False")
+
+
+def test_the_command_is_installed():
+    done = subprocess.run([Path(sys.executable).with_name("ssprop-fx"), "policy", "schema"], capture_output=True, timeout=600)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["title"] == "ssprop-fx policy"
