@@ -11,11 +11,13 @@ from torch.fx import GraphModule, Node
 
 from ssprop_fx.convolutions import (
     CONVOLUTIONS,
+    GENERAL,
+    LINEAR,
     SPEC_OF_FUNCTION,
     ConvSpec,
+    bind_general,
     conv_kinds,
     spec_of_module,
-    spec_of_weight,
 )
 
 _ATEN = {
@@ -25,8 +27,9 @@ _ATEN = {
 } | {
     torch.ops.aten.conv_transpose2d.input: CONVOLUTIONS["conv_transpose2d"],
     torch.ops.aten.conv_transpose3d.input: CONVOLUTIONS["conv_transpose3d"],
+    torch.ops.aten.linear.default: LINEAR,
+    LINEAR.function: LINEAR,
 }
-_ATEN_CONVOLUTION = torch.ops.aten.convolution.default
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Convolution:
 
 
 def find_convolutions(
-    module: GraphModule, name_of: Callable[[Node, ConvSpec], tuple[str, bool]] | None = None
+    module: GraphModule,
+    name_of: Callable[[Node, ConvSpec], tuple[str, bool]] | None = None,
+    linear: bool = False,
 ) -> list[Convolution]:
     """All convolutions of a graph, in its order; those that are ``ssprop.conv`` already are left out.
 
@@ -57,6 +62,7 @@ def find_convolutions(
         module: a graph from Dynamo, the symbolic tracer, ``torch.export`` or ``make_fx``.
         name_of: (node, spec) → (layer name, whether the call is functional). Without it, module calls are named by
             their target and others by the node.
+        linear: find linear layers, too (calls of ``F.linear`` that a linear module makes).
     """
     name_of = name_of or (lambda node, spec: (str(node.target), False) if node.op == "call_module" else (node.name, True))
     found = []
@@ -65,7 +71,11 @@ def find_convolutions(
         if match is None:
             continue
         spec, arguments, shape, groups = match
+        if spec is LINEAR and not linear:
+            continue
         layer, functional = name_of(node, spec)
+        if spec is LINEAR and functional:
+            continue
         kinds = conv_kinds(spec, shape, groups, functional) if shape is not None else frozenset({spec.name})
         found.append(Convolution(node, spec, arguments, layer, kinds))
     return found
@@ -95,17 +105,12 @@ def _match(module: GraphModule, node: Node) -> tuple[ConvSpec, dict[str, Any], A
         return spec, bound, tuple(target.weight.shape), target.groups
     if node.op != "call_function":
         return None
-    if node.target is _ATEN_CONVOLUTION:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
-        bound = dict(zip(names, node.args, strict=True))
-        shape = example_value(bound["weight"]).shape
-        spec = spec_of_weight(len(shape), bool(bound.pop("transposed")))
-        if not spec.transposed:
-            del bound["output_padding"]
-        return spec, bound, shape, bound["groups"]
+    if node.target in GENERAL:
+        spec, bound = bind_general(node.args, node.kwargs, lambda weight: example_value(weight).dim())
+        return spec, bound, example_value(bound["weight"]).shape, bound["groups"]
     spec = SPEC_OF_FUNCTION.get(node.target) or _ATEN.get(node.target)
     if spec is None:
         return None
     bound = spec.bind(node.args, node.kwargs)
     weight = example_value(bound["weight"])
-    return spec, bound, None if weight is None else weight.shape, bound["groups"]
+    return spec, bound, None if weight is None else weight.shape, bound.get("groups", 1)

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
 from ssprop_fx.backward import sparse_backward
-from ssprop_fx.convolutions import ConvArgs, conv_backward_flops
+from ssprop_fx.convolutions import ConvArgs, conv_backward_flops, output_channels
 from ssprop_fx.selection import Demand, choices, fast_granule
 
 
@@ -30,7 +30,7 @@ def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
         positions = input.shape if args.transposed else grad.shape
         demands[node] = Demand(
             node.name,
-            int(choices(int(grad.shape[1]), int(args.groups))),
+            int(choices(int(output_channels(weight.shape, args)), int(args.groups))),
             _hint(conv_backward_flops(positions, weight.shape, args.groups, args.transposed)),
             float(node.args[ops.BACKWARD_SETTINGS_AT + 1]),
             fast_granule(weight.dtype, weight.device),

@@ -110,8 +110,8 @@ def _prepare(graph, spec, bound, examples=None) -> tuple[Any, ConvArgs, bool]:
     recorded: list[tuple[Any, tuple]] = []
     value, weight = examples or (example_value(bound["input"]), example_value(bound["weight"]))
     n = spec.dim
-    batched = value is None or value.dim() == n + 2
-    simple = not isinstance(bound["padding"], str)
+    batched = n == 0 or value is None or value.dim() == n + 2
+    simple = not isinstance(bound.get("padding"), str)
     node = bound["input"]
     geometry = {k: v for k, v in bound.items() if k not in ("input", "weight", "bias")}
     if batched and simple:

@@ -33,7 +33,7 @@ def verify(graph_module: GraphModule, decisions: Sequence[Decision], already: Co
             problems.append(f"{layer} was selected {wanted[layer]} times and rewritten {found[layer]} times")
         elif found[layer] > wanted[layer]:
             problems.append(f"{layer} was rewritten {found[layer]} times, but selected {wanted[layer]} times")
-    left = {c.node for c in find_convolutions(graph_module)}
+    left = {c.node for c in find_convolutions(graph_module, lambda node, spec: (node.name, False), linear=True)}
     for decision in decisions:
         convolution = decision.convolution
         if decision.sparse and convolution.node in left:

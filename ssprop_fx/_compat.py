@@ -22,6 +22,11 @@ def functorch_active() -> bool:
     return _maybe_current_level() is not None
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is what runs now, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_optimized_module(module: Any) -> bool:
     """Whether a module is what ``torch.compile(module)`` returned (asked without importing the compiler)."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
@@ -90,6 +95,12 @@ def fake_mode_of(inputs: Sequence[Any]) -> Any:
     from torch._dynamo.utils import detect_fake_mode
 
     return detect_fake_mode(inputs)
+
+
+def current_frame() -> str:
+    """Dynamo's number of the frame that is being compiled, without the count of its recompilations."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return str(compile_id).split("/")[0] if compile_id is not None else ""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ._compat import in_backward
 from .errors import SSPropError
 from .selection import AUTO, Demand, keep_count, plan_counts
 
@@ -31,6 +32,7 @@ class Allocation:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.demands: dict[str, Demand] = {}
+        self._provisional: set[str] = set()  # layers whose demand is that of a call without a backward pass
         self._plans: dict[float, dict[str, int]] = {}
         self._register()
 
@@ -38,14 +40,23 @@ class Allocation:
         self.handle = f"{self.policy.digest}.{next(_numbers)}"
         _live[self.handle] = self
 
-    def announce(self, layer: str, channels: int, flops: int, drop_rate: float, granule: int) -> None:
-        """Add a call's cost to the layer's demand; ignored once the counts are settled for this layer."""
+    def announce(
+        self, layer: str, channels: int, flops: int, drop_rate: float, granule: int, provisional: bool = False
+    ) -> None:
+        """Add a call's cost to the layer's demand; ignored once the counts are settled for this layer.
+
+        Args:
+            provisional: the call has no backward pass (yet: a checkpointed one runs again). It counts until one that has.
+        """
         known = self.demands.get(layer)
         if known is None:
-            self.demands[layer] = Demand(layer, channels, flops, drop_rate, granule)
             self._plans.clear()
-        elif not self._plans:
-            self.demands[layer] = Demand(layer, channels, known.flops + flops, drop_rate, granule)
+        elif self._plans or provisional or in_backward():  # in a backward pass, a checkpointed call runs again
+            return
+        elif layer not in self._provisional:
+            flops += known.flops
+        self.demands[layer] = Demand(layer, channels, flops, drop_rate, granule)
+        (self._provisional.add if provisional else self._provisional.discard)(layer)
 
     def keep(self, layer: str, channels: int, drop_rate: float, factor: float, round_to: int) -> int:
         """Channels to keep out of ``channels``, at the layer's ``drop_rate`` times the schedule's ``factor``."""
@@ -64,7 +75,8 @@ class Allocation:
         return {"policy": self.policy, "demands": self.demands}
 
     def __setstate__(self, state: dict) -> None:
-        self.policy, self.demands, self._plans = state["policy"], state["demands"], {}
+        self.policy, self.demands = state["policy"], state["demands"]
+        self._provisional, self._plans = set(self.demands), {}
         self._register()
 
     def __deepcopy__(self, memo: dict) -> Allocation:

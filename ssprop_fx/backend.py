@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -27,12 +28,14 @@ from ._compat import (
     autograd_cache_off,
     compile_fx,
     compile_fx_inner,
+    current_frame,
     fake_mode_of,
     inductor_decompositions,
     lowering_context,
     make_boxed,
 )
 from .allocation import Allocation, allocation_for, observers
+from .convolutions import LINEAR, ConvArgs, run
 from .errors import SSPropError
 from .naming import GraphNames, ModuleIndex
 from .passes import (
@@ -66,6 +69,8 @@ class GraphRecord:
         forward: the forward graph that the compiler behind got; None before it did.
         backward: the backward graph with its ``ssprop.conv_backward`` nodes.
         lowered: kept counts by node of a phase → the backward graph as lowered for it.
+        frame: Dynamo's number of the code that was captured; a recompilation of it has the same.
+        number: running number of the graph in this process.
         forward_compiles: how often the forward was compiled.
         seconds: compile times, ``forward`` and one entry per phase.
     """
@@ -81,10 +86,16 @@ class GraphRecord:
     forward_compiles: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     dispatcher: PhaseDispatcher | None = None
+    frame: str = ""
+    number: int = field(default_factory=itertools.count().__next__)
 
     def kept_now(self) -> dict[str, int]:
         """Channels that the next backward pass keeps, by layer; empty before the backward graph is there."""
         return self.dispatcher.kept() if self.dispatcher else {}
+
+    def layers(self) -> set[str]:
+        """The layers with a convolution in the graph."""
+        return {d.convolution.layer for d in self.decisions}
 
     def stages(self) -> dict[str, GraphModule]:
         """The graphs by stage, in the order in which they were made."""
@@ -132,13 +143,18 @@ def state_of(policy: Policy) -> CompiledState:
 
 
 def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
-    """The graphs that the backend compiled for a model, with the policy of each."""
-    return [
+    """The graphs that the backend compiled for a model, oldest first, with the policy of each.
+
+    Where the model was compiled more than once, those of the newest policy.
+    """
+    found = [
         (policy, record)
         for policy, state in list(_states.items())
         for record in state.records
         if any(ref() is model for ref in record.roots)
     ]
+    found.sort(key=lambda pair: pair[1].number)
+    return [pair for pair in found if pair[0] is found[-1][0]]
 
 
 def ssprop(
@@ -199,7 +215,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         policy: None leaves everything but what ``transform`` has rewritten as it is.
     """
     names = GraphNames(_index)
-    convolutions = find_convolutions(graph_module, names)
+    convolutions = find_convolutions(graph_module, names, linear=True)
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
         raise SSPropError(
@@ -212,10 +228,11 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     decisions = []
     if transformed is None:
         _check_rules(names.roots.values(), policy, state)
-        decisions = assign_policy(convolutions, policy)
+        decisions = [d for d in assign_policy(convolutions, policy) if d.sparse or d.convolution.spec is not LINEAR]
     Sparsify(decisions, state.allocation.handle)(graph_module)
     verify(graph_module, decisions, already)
     record = GraphRecord(captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()])
+    record.frame = current_frame()
     state.records.append(record)
     logger.info(
         "graph %d: %d of %d convolutions rewritten",
@@ -352,7 +369,7 @@ def _copy(graph_module: GraphModule) -> GraphModule:
 
 
 def _dense_convolution(input, weight, bias, *rest):
-    return torch.ops.aten.convolution.default(input, weight, bias, *rest[:6])
+    return run(input, weight, bias, ConvArgs(*rest[:6]))
 
 
 def _forward_eager(record: GraphRecord, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:

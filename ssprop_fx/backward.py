@@ -22,6 +22,8 @@ def dense_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, 
     """``aten.convolution_backward``. Shapes as in :func:`sparse_backward`."""
     if not any(mask):
         return None, None, None
+    if weight.dim() == 2:
+        return _linear_backward(grad, input, weight, mask)
     bias_sizes = [grad.shape[1]] if mask[2] else None
     grads = torch.ops.aten.convolution_backward.default(grad, input, weight, bias_sizes, *_lists(args), list(mask))
     return grads[0] if mask[0] else None, grads[1] if mask[1] else None, grads[2] if mask[2] else None
@@ -56,6 +58,11 @@ def sparse_backward(
     Returns:
         The gradients of input, weight and bias, None where not asked for.
     """
+    if weight.dim() == 2 and grad.dim() != 2:
+        rows, values = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+        outputs = None if output is None else output.reshape(-1, output.shape[-1])
+        grads = sparse_backward(rows, values, weight, outputs, args, mask, keep, criterion, gradients, compiling)
+        return grads[0] if grads[0] is None else grads[0].reshape(input.shape), grads[1], grads[2]
     channels, groups = grad.shape[1], args.groups
     if keep >= choices(channels, groups):
         return dense_backward(grad, input, weight, args, mask)
@@ -89,10 +96,19 @@ def sparse_backward(
     return input_grad, weight_grad, bias_grad
 
 
+def _linear_backward(grad: Tensor, input: Tensor, weight: Tensor, mask: Sequence[bool]) -> Gradients:
+    """A linear layer's backward, (*batch, K) and (*batch, C), in the products that autograd takes."""
+    rows, values = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+    gi = (rows @ weight).reshape(input.shape) if mask[0] else None
+    gw = rows.t() @ values if mask[1] else None
+    return gi, gw, rows.sum(0) if mask[2] else None
+
+
 def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     """A 1×1 convolution over channels-last data, every position of which is used once."""
     return (
-        args.groups == 1
+        weight.dim() > 2
+        and args.groups == 1
         and not args.transposed
         and all(k == 1 for k in weight.shape[2:])
         and all(s == 1 for s in args.stride)

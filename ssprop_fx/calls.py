@@ -8,6 +8,7 @@ says yes, which costs time and never an answer.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .convolutions import SPEC_OF_FUNCTION, ConvSpec, conv_kinds, spec_of_module
+from .convolutions import GENERAL, SPEC_OF_FUNCTION, ConvSpec, bind_general, conv_kinds, spec_of_module
 from .sites import Site, convolve, handled
 
 _NAMES = frozenset(spec.name for spec in SPEC_OF_FUNCTION.values()) | {
@@ -64,9 +65,12 @@ class _Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spec = SPEC_OF_FUNCTION.get(func)
-        if spec is None or handled():
+        if (spec is None and func not in GENERAL) or handled():
             return func(*args, **(kwargs or {}))
-        bound = spec.bind(args, kwargs or {})
+        if spec is not None:
+            bound = spec.bind(args, kwargs or {})
+        else:
+            spec, bound = bind_general(args, kwargs or {}, lambda weight: weight.dim())
         nth = self.counts.get(spec.name, 0)
         self.counts[spec.name] = nth + 1
         site = self.call_sites.site(spec, nth, bound["weight"].shape, bound["groups"])
@@ -82,15 +86,18 @@ def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: A
 def may_call_convolution(module: nn.Module) -> bool:
     """Whether the module's own forward (not its children's) could call a convolution function.
 
-    Reads the code of the class and of the functions that it can reach, and the functions stored on the instance.
-    A convolution module that computes through ``_conv_forward`` does not count: that call is its own.
+    Reads the code of the class and of what it can reach by name: functions of its module and of others, methods of the
+    modules and of the plain objects that it holds, functions stored on the instance. A convolution module that computes
+    through ``_conv_forward`` does not count: that call is its own.
     """
     if "forward" in vars(module):
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
-    if any(_value_reaches(value, set()) for value in _stored_functions(module)):
+    stored = list(_stored(module))
+    if any(_value_reaches(value, set()) for value in stored if callable(value)):
         return True
+    held = {type(m) for m in module.modules()} | {type(value) for value in stored}
     cls: Any = type(module)
-    return _class_reaches(cls)
+    return _class_reaches(cls, frozenset(c for c in held if not _is_torch(c) and c is not cls))
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -100,34 +107,43 @@ def forward_names(module: nn.Module) -> frozenset[str]:
 
 
 @functools.cache
-def _class_reaches(cls: type) -> bool:
-    return _function_reaches(cls.forward, cls, set())  # type: ignore[attr-defined]
+def _class_reaches(cls: type, held: frozenset[type]) -> bool:
+    return _function_reaches(cls.forward, cls, set(), held)  # type: ignore[attr-defined]
 
 
-def _stored_functions(module: nn.Module) -> Iterator[Any]:
+def _stored(module: nn.Module) -> Iterator[Any]:
+    """Functions and plain objects among a module's attributes, and in the lists and dicts that are its attributes."""
     for value in vars(module).values():
         items = value if isinstance(value, (list, tuple)) else value.values() if type(value) is dict else (value,)
         for item in items:
-            if callable(item) and not isinstance(item, (nn.Module, type, torch.Tensor)):
+            if (not isinstance(item, (nn.Module, type, torch.Tensor)) and type(item).__module__ != "builtins") or _is_code(
+                item
+            ):
                 yield item
 
 
-def _value_reaches(value: Any, seen: set[Any], cls: type | None = None) -> bool:
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
+
+
+def _value_reaches(value: Any, seen: set[Any], cls: type | None = None, held: frozenset[type] = frozenset()) -> bool:
     if isinstance(value, functools.partial):
-        return any(_value_reaches(v, seen, cls) for v in (value.func, *value.args, *value.keywords.values()))
+        return any(_value_reaches(v, seen, cls, held) for v in (value.func, *value.args, *value.keywords.values()))
     if isinstance(value, types.MethodType):
-        return _value_reaches(value.__func__, seen, type(value.__self__))
+        return _value_reaches(value.__func__, seen, type(value.__self__), held)
     if isinstance(value, (types.FunctionType, staticmethod, classmethod)):
-        return _function_reaches(value, cls, seen)
+        return _function_reaches(value, cls, seen, held)
     if isinstance(value, types.BuiltinFunctionType):
         return value in SPEC_OF_FUNCTION or value.__name__ in _NAMES
     wrapped = getattr(value, "__wrapped__", None)
     if isinstance(wrapped, types.FunctionType):
-        return _function_reaches(wrapped, cls, seen)
-    return False
+        return _function_reaches(wrapped, cls, seen, held)
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or _is_torch(type(value)):
+        return False
+    return any(_value_reaches(v, seen, type(value), held) for v in _members(type(value), "__call__"))
 
 
-def _function_reaches(function: Any, cls: type | None, seen: set[Any]) -> bool:
+def _function_reaches(function: Any, cls: type | None, seen: set[Any], held: frozenset[type]) -> bool:
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if code is None or (code, cls) in seen:
@@ -143,25 +159,39 @@ def _function_reaches(function: Any, cls: type | None, seen: set[Any]) -> bool:
     closure = getattr(function, "__closure__", None) or ()
     for cell in closure:
         try:
-            if _value_reaches(cell.cell_contents, seen, cls):
+            if _value_reaches(cell.cell_contents, seen, cls, held):
                 return True
         except ValueError:  # an empty cell
             continue
-    for name in names:
-        for value in _resolve(name, function, cls, names):
-            if _value_reaches(value, seen, cls):
-                return True
-    return False
+    return any(
+        _value_reaches(value, seen, owner, held)
+        for name in names
+        for value, owner in _resolve(name, function, cls, names, held)
+    )
 
 
-def _resolve(name: str, function: Any, cls: type | None, names: frozenset[str]) -> Iterator[Any]:
+def _resolve(
+    name: str, function: Any, cls: type | None, names: frozenset[str], held: frozenset[type]
+) -> Iterator[tuple[Any, type | None]]:
+    """What a name in a function may stand for, each with the class that it is a member of."""
     found = getattr(function, "__globals__", {}).get(name)
+    if found is None:  # imported inside the function, it may be
+        found = sys.modules.get(name) or sys.modules.get(f"{(function.__module__ or '').rpartition('.')[0]}.{name}")
     if isinstance(found, types.ModuleType):
         if not found.__name__.startswith("torch.") and found.__name__ != "torch":
-            yield from (v for n in names if callable(v := getattr(found, n, None)) and not isinstance(v, type))
-    elif found is not None and not isinstance(found, type):
-        yield found
-    for klass in cls.__mro__ if cls is not None else ():
+            yield from ((v, cls) for n in names if callable(v := getattr(found, n, None)) and not isinstance(v, type))
+    elif found is not None and not isinstance(found, (type, nn.Module)):
+        yield found, cls
+        if not _is_code(found) and not _is_torch(type(found)):
+            yield from ((value, type(found)) for n in names for value in _members(type(found), n))
+    if cls is not None:
+        yield from ((value, cls) for value in _members(cls, name))
+    if name != "forward":  # a module's own forward is a matter of its own
+        yield from ((value, other) for other in held for value in _members(other, name))
+
+
+def _members(cls: type, name: str) -> Iterator[Any]:
+    for klass in cls.__mro__:
         if klass is not nn.Module and name in vars(klass):
             value = vars(klass)[name]
             yield value.fget if isinstance(value, property) else value

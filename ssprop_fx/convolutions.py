@@ -1,4 +1,7 @@
-"""The six convolution functions as one table, and the arguments that they share.
+"""The six convolution functions as one table, and the arguments that they share. A linear layer is a seventh row.
+
+A linear layer is a convolution without spatial dimensions: its weight is (K, C), every leading dimension of its input is
+batch. It shares the machinery, and is rewritten only where a policy asks for it.
 
 Everything that has to recognise a convolution (graph matching, modules, function modes, docs and tests) reads
 :data:`CONVOLUTIONS`; nothing else in the package knows where an argument of ``conv_transpose2d`` sits.
@@ -55,6 +58,8 @@ class ConvSpec:
     @cached_property
     def parameters(self) -> tuple[tuple[str, Any], ...]:
         """Names and defaults of the arguments after ``input`` and ``weight``, in calling order."""
+        if self.dim == 0:
+            return (("bias", None),)
         if self.transposed:
             return (
                 ("bias", None),
@@ -85,6 +90,24 @@ class ConvSpec:
             raise TypeError(f"{self.name} needs an input and a weight")
         return bound
 
+    def call(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        output_padding: Any,
+    ) -> Tensor:
+        """The function itself, with the arguments in one order for all rows."""
+        if self.dim == 0:
+            return self.function(input, weight, bias)
+        if self.transposed:
+            return self.function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return self.function(input, weight, bias, stride, padding, dilation, groups)
+
     def prepare(
         self,
         input: Tensor,
@@ -100,10 +123,14 @@ class ConvSpec:
         ``input`` is (N, C, *spatial) or (C, *spatial); ``weight`` as the function takes it.
         """
         n = self.dim
+        if n == 0:
+            return ConvCall(input, NO_SPACE, False)
         stride, dilation = _per_dim(stride, n), _per_dim(dilation, n)
         unbatched = input.dim() == n + 1
         if unbatched:
             input = input.unsqueeze(0)
+        elif input.dim() != n + 2:
+            self.function(input, weight)  # raises what it always raised
         if isinstance(padding, str):
             if padding == "valid":
                 padding = (0,) * n
@@ -112,6 +139,8 @@ class ConvSpec:
         args = ConvArgs(stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups)
         return ConvCall(input, args, unbatched)
 
+
+NO_SPACE = ConvArgs((), (), (), False, (), 1)  # the geometry of a linear layer
 
 CONVOLUTIONS: dict[str, ConvSpec] = {
     spec.name: spec
@@ -125,24 +154,57 @@ CONVOLUTIONS: dict[str, ConvSpec] = {
     )
 }
 
+# The one function that computes all of them, and its arguments in order.
+GENERAL = frozenset({torch.convolution, torch.ops.aten.convolution, torch.ops.aten.convolution.default})
+_GENERAL_ARGUMENTS = (
+    "input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups"
+)  # fmt: skip
+
+LINEAR = ConvSpec("linear", 0, False, F.linear, nn.Linear)
+
 SPEC_OF_FUNCTION: dict[Any, ConvSpec] = {spec.function: spec for spec in CONVOLUTIONS.values()}
 
 
-def spec_of_module(module: nn.Module) -> ConvSpec | None:
-    """The row of a convolution module (subclasses included), or None."""
+def spec_of_module(module: nn.Module, linear: bool = False) -> ConvSpec | None:
+    """The row of a convolution module (subclasses included) and, if asked for, of a linear one; or None."""
+    if linear and isinstance(module, nn.Linear):
+        return LINEAR
     for spec in CONVOLUTIONS.values():
         if isinstance(module, spec.module):
             return spec
     return None
 
 
-def spec_of_weight(weight_dim: int, transposed: bool) -> ConvSpec:
-    """The row for a weight of ``weight_dim`` dimensions, (out, in/groups, *kernel) or its transpose."""
-    return CONVOLUTIONS[f"conv{'_transpose' if transposed else ''}{weight_dim - 2}d"]
+def bind_general(
+    args: Sequence[Any], kwargs: Mapping[str, Any], dim_of: Callable[[Any], int]
+) -> tuple[ConvSpec, dict[str, Any]]:
+    """Row and arguments by name of a call of ``torch.convolution``; ``dim_of`` tells the dimensions of its weight."""
+    bound = dict(zip(_GENERAL_ARGUMENTS, args, strict=False)) | dict(kwargs)
+    transposed = bool(bound.pop("transposed"))
+    spec = CONVOLUTIONS[f"conv{'_transpose' if transposed else ''}{dim_of(bound['weight']) - 2}d"]
+    if not transposed:
+        del bound["output_padding"]
+    return spec, bound
+
+
+def run(input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
+    """``aten.convolution``, or ``aten.linear`` for a weight without spatial dimensions."""
+    if weight.dim() == 2:
+        return F.linear(input, weight, bias)
+    return torch.convolution(
+        input, weight, bias, args.stride, args.padding, args.dilation, args.transposed, args.output_padding, args.groups
+    )
+
+
+def output_channels(weight_shape: Sequence[int], args: ConvArgs) -> int:
+    """K of a weight (K, C/g, *kernel), or (C, K/g, *kernel) when transposed."""
+    return weight_shape[1] * args.groups if args.transposed else weight_shape[0]
 
 
 def conv_kinds(spec: ConvSpec, weight_shape: Sequence[int], groups: int, functional: bool = False) -> frozenset[str]:
     """The kinds that a policy rule can name. A depthwise convolution is a grouped one, too."""
+    if spec.dim == 0:
+        return frozenset({spec.name})
     kinds = {spec.name}
     out_channels = weight_shape[1] * groups if spec.transposed else weight_shape[0]
     if groups > 1:
@@ -166,6 +228,8 @@ def conv_backward_flops(
     (N, C, *spatial). A multiply and an add count as two, as in ``torch.utils.flop_counter``.
     """
     flops = 2 * grad_shape[0] * outputs
+    if len(weight_shape) == 2:  # linear: (*batch, K)
+        grad_shape = (*grad_shape[:1], 1, *grad_shape[1:-1])
     for size in (*grad_shape[2:], *weight_shape):
         flops *= size
     return flops

@@ -94,6 +94,9 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     seen: Counter[str] = Counter()
     with _undone(user_model), _observing(seen.update):
         _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+    for name, module in user_model.named_modules():
+        if isinstance(module, nn.Linear):
+            del seen[name]  # rewritten, but no convolution
     record = transformation_of(user_model)
     rates = {k: s.settings.drop_rate for k, s in record.sites.items()} if record else {}
     by_rule = sum(n for layer, n in seen.items() if rates.get(layer, 1.0) == 0)

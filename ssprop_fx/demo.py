@@ -26,8 +26,8 @@ from .policy import Policy
 from .transform import transform
 
 BATCH = 64
-EPOCHS = 12
-_RATE, _DECAY = 0.1, 5e-4
+EPOCHS = 20
+_RATE, _DECAY, _SMOOTHING = 0.1, 5e-4, 0.1
 _BACKWARD = torch.ops.aten.convolution_backward
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, a line on how it goes
@@ -177,7 +177,7 @@ class Trainee:
         counter = FlopCounterMode(display=False) if first and self.count is None else None
         start = time.perf_counter()
         with counter or contextlib.nullcontext():
-            loss = F.cross_entropy(self.run(images), labels)
+            loss = F.cross_entropy(self.run(images), labels, label_smoothing=_SMOOTHING)
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ._compat import is_compiled
-from .convolutions import conv_backward_flops, conv_kinds, spec_of_module
+from .convolutions import conv_backward_flops, conv_kinds, output_channels, spec_of_module
 from .coverage import Measurement, measure
 from .errors import SSPropError
 from .policy import Policy, Settings
@@ -225,7 +225,7 @@ def _site_row(site: Site, rung: str, measurement: Measurement | None) -> Row:
     if site.shapes is None or site.args is None:
         return _row(site.layer, site.spec.name, site.kinds, rung, settings, calls=calls)
     input_shape, weight_shape, output_shape = site.shapes
-    total = choices(output_shape[1], site.args.groups)
+    total = choices(output_channels(weight_shape, site.args), site.args.groups)
     kept = site.allocation.keep(site.layer, total, settings.drop_rate, site.allocation.policy.factor, site.round_to)
     positions = input_shape if site.args.transposed else output_shape
     dense = calls * conv_backward_flops(positions, weight_shape, site.args.groups, site.args.transposed)
@@ -281,8 +281,11 @@ def _skipped_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] 
 
 def _of_compiled(model: nn.Module, records: list, measurement: Measurement | None) -> Report:
     rows: dict[str, Row] = {}
+    newest = {(record.frame, layer): record for _, record in records for layer in record.layers()}
     for _, record in records:
         for row in _graph_rows(record):
+            if newest[record.frame, row.layer] is not record:
+                continue  # compiled again since, for other shapes
             known = rows.get(row.layer)
             rows[row.layer] = row if known is None else _merged(known, row)
     for name, module in model.named_modules():
@@ -316,8 +319,8 @@ def _graph_rows(record: Any) -> Iterator[Row]:
         shapes = [tuple(int(s) for s in v.shape) for v in (*values, output)]
         if len(shapes[0]) == c.spec.dim + 1:
             shapes[0], shapes[2] = (1, *shapes[0]), (1, *shapes[2])
-        groups = int(c.arguments["groups"])
-        total = choices(shapes[2][1], groups)
+        groups = int(c.arguments.get("groups", 1))
+        total = choices(shapes[2][1 if c.spec.dim else -1], groups)
         positions = shapes[0] if c.spec.transposed else shapes[2]
         dense = conv_backward_flops(positions, shapes[1], groups, c.spec.transposed)
         kept = kept_of.get(c.layer, total) if decision.sparse else total

@@ -131,7 +131,7 @@ class GraphNames:
                 owner = self.index.name(module)
                 root = self.index.root(module)
                 self.roots[id(root)] = root
-                is_layer = spec_of_module(module) is spec
+                is_layer = spec_of_module(module, linear=spec.dim == 0) is spec
             else:
                 owner = plain_text(text)
                 is_layer = isinstance(cls, type) and issubclass(cls, spec.module)

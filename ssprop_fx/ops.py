@@ -9,16 +9,15 @@ and ``round_to: auto`` (0) rounds by the layer alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .allocation import allocation_for, observers
+from .allocation import Allocation, allocation_for, observers
 from .backward import dense_backward, sparse_backward
-from .convolutions import ConvArgs, conv_backward_flops
+from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
@@ -47,12 +46,11 @@ def kept_now(
     drop_rate: float,
     round_to: int,
     allocation: str,
-    grad_shape: Sequence[int],
     weight: Tensor,
-    groups: int,
+    args: ConvArgs,
 ) -> int:
     """Channels (or whole groups, for depthwise) that the layer's next backward pass keeps."""
-    channels = choices(grad_shape[1], groups)
+    channels = choices(output_channels(weight.shape, args), args.groups)
     if allocation:
         live = allocation_for(allocation)
         return live.keep(layer, channels, drop_rate, live.policy.factor, round_to)
@@ -64,23 +62,32 @@ def kept_now(
 
 def _conv_kernel(input, weight, bias, *rest):
     allocation = rest[-1]
-    output = torch.ops.aten.convolution.default(input, weight, bias, *rest[:6])
+    output = run(input, weight, bias, ConvArgs(*rest[:6]))
     if allocation and rest[9] == AUTO and not torch.compiler.is_compiling():
         announce(rest[6], input, weight, output, ConvArgs(*rest[:6]), rest[7], allocation_for(allocation))
     return output
 
 
-def announce(layer: str, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, rate: float, live) -> None:
+def announce(
+    layer: str,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    args: ConvArgs,
+    rate: float,
+    live: Allocation,
+    provisional: bool = False,
+) -> None:
     """Tell the rounding budget what this call's backward pass will cost."""
     flops = conv_backward_flops(input.shape if args.transposed else output.shape, weight.shape, args.groups, args.transposed)
     granule = fast_granule(weight.dtype, weight.device)
-    live.announce(layer, choices(output.shape[1], args.groups), flops, rate, granule)
+    live.announce(layer, choices(output_channels(weight.shape, args), args.groups), flops, rate, granule, provisional)
 
 
 def _conv_backward_kernel(grad, input, weight, output, *rest):
     args, mask = ConvArgs(*rest[:6]), rest[6]
     layer, drop_rate, criterion, round_to, gradients, allocation = rest[7:]
-    keep = kept_now(layer, drop_rate, round_to, allocation, grad.shape, weight, args.groups)
+    keep = kept_now(layer, drop_rate, round_to, allocation, weight, args)
     for observe in observers:
         observe(layer)
     grads = sparse_backward(grad, input, weight, output, args, mask, keep, criterion, gradients)
@@ -95,7 +102,7 @@ def _laid_out(grad: Tensor | None, expected: Tensor | None) -> Tensor | None:
 
 
 def _conv_fake(input, weight, bias, *rest):
-    return torch.ops.aten.convolution.default(input, weight, bias, *rest[:6])
+    return run(input, weight, bias, ConvArgs(*rest[:6]))
 
 
 def _conv_backward_fake(grad, input, weight, output, *rest):
@@ -117,7 +124,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # double backward: the same gradients from differentiable operations
         args = ConvArgs(*rest[:6])
-        keep = kept_now(rest[6], rest[7], rest[9], rest[11], grad.shape, weight, args.groups)
+        keep = kept_now(rest[6], rest[7], rest[9], rest[11], weight, args)
         grads = sparse_backward(grad, input, weight, output, args, mask, keep, rest[8], rest[10])
     else:
         grads = conv_backward(grad, input, weight, output, *call)
@@ -161,8 +168,8 @@ def _conv_flops(input_shape, weight_shape, bias_shape, *rest, out_shape=None, **
 def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) -> int:
     args, mask = ConvArgs(*rest[:6]), rest[6]
     layer, drop_rate, _criterion, round_to, gradients, allocation = rest[7:]
-    keep = kept_now(layer, drop_rate, round_to, allocation, grad.shape, weight, args.groups)
+    keep = kept_now(layer, drop_rate, round_to, allocation, weight, args)
     shape = input.shape if args.transposed else grad.shape
     one = conv_backward_flops(shape, weight.shape, args.groups, args.transposed, outputs=1)
-    kept = one * keep // choices(grad.shape[1], args.groups)
+    kept = one * keep // choices(output_channels(weight.shape, args), args.groups)
     return (one if gradients == "weight" else kept) * mask[0] + kept * mask[1]

@@ -157,6 +157,11 @@ class Policy:
                 problems.append(unmatched(rule, f"rules[{index}]", layers))
         return problems
 
+    @property
+    def wants_linear(self) -> bool:
+        """Whether a rule asks for linear layers, which are left alone otherwise."""
+        return any(rule.asks_for_linear() for rule in self.rules)
+
     def bind(self, assigned: Mapping[str, Settings]) -> None:
         """Remember layers and their settings, beside those already bound, for :meth:`drop_rates`."""
         self._bound.update(assigned)
@@ -174,7 +179,8 @@ class Policy:
         """
         from .transform import assign_checked, layer_kinds
 
-        return Explanation(layer_kinds(model), assign_checked(model, self))
+        assigned = assign_checked(model, self)
+        return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents as plain values, from which :meth:`from_dict` makes an equal policy."""

@@ -17,7 +17,7 @@ from . import ops
 from ._compat import function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
-from .convolutions import ConvArgs, ConvSpec
+from .convolutions import ConvArgs, ConvSpec, output_channels, run
 from .policy import Settings
 from .selection import AUTO, choices
 
@@ -74,11 +74,9 @@ def convolve(
     if factor * site.settings.drop_rate <= 0.0 or not _wants_gradient(input, weight, bias):
         if site.shapes is None or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
-        if site.spec.transposed:
-            return site.spec.function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return site.spec.function(input, weight, bias, stride, padding, dilation, groups)
+        return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         input, weight, bias = ops.autocast_arguments(device_type, input, weight, bias)
     input, args, unbatched = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     function = _TransformableConvolution if functorch_active() else _Convolution
@@ -93,17 +91,18 @@ def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
-    options = {"output_padding": output_padding} if site.spec.transposed else {}
     previous, _local.handled = handled(), True
     try:
-        output = site.spec.function(
-            input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **options
-        )
+        output = site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
     finally:
         _local.handled = previous
     if site.shapes is None:
         call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
-        _remember(site, call.input, weight, output.unsqueeze(0) if call.unbatched else output, call.args)
+        batched = output.unsqueeze(0) if call.unbatched else output
+        _remember(site, call.input, weight, batched, call.args)
+        if site.round_to == AUTO and site.settings.drop_rate > 0:
+            rate = site.settings.drop_rate
+            ops.announce(site.layer, call.input, weight, batched, call.args, rate, site.allocation, provisional=True)
     return output
 
 
@@ -117,12 +116,8 @@ def _remember(site: Site, input: Tensor, weight: Tensor, output: Tensor, args: C
 
 
 def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
+    # A layer that stays dense is an operator, too, of drop rate zero: a mode further out must not take it for its own.
     settings = _constant_settings(site)
-    if settings[1] <= 0.0:
-        options = {"output_padding": output_padding} if site.spec.transposed else {}
-        return site.spec.function(
-            input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **options
-        )
     call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     output = ops.conv(call.input, weight, bias, *call.args, *settings)
     return output.squeeze(0) if call.unbatched else output
@@ -136,7 +131,7 @@ def _constant_settings(site: Site) -> tuple:
 def _forward(input, weight, bias, args, site, factor):
     previous, _local.handled = handled(), True
     try:
-        output = torch.convolution(input, weight, bias, *args)
+        output = run(input, weight, bias, args)
     finally:
         _local.handled = previous
     if site.shapes is None:
@@ -155,7 +150,9 @@ def _backward(ctx, grad, compiling):
     input, weight, output = ctx.saved_tensors
     site, args, needs = ctx.site, ctx.args, ctx.needs_input_grad
     settings = site.settings
-    keep = site.allocation.keep(site.layer, choices(grad.shape[1], args.groups), settings.drop_rate, ctx.factor, site.round_to)
+    keep = site.allocation.keep(
+        site.layer, choices(output_channels(weight.shape, args), args.groups), settings.drop_rate, ctx.factor, site.round_to
+    )
     for observe in observers:
         observe(site.layer)
     mask = (needs[0], needs[1], ctx.has_bias and needs[2])
@@ -211,3 +208,9 @@ def convolve_transposed_module(module: nn.Module, site: Site, input: Tensor, out
         return type(m).forward(m, input, output_size)  # raises what it always raised
     output_padding = m._output_padding(input, output_size, m.stride, m.padding, m.kernel_size, site.spec.dim, m.dilation)
     return convolve(site, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, output_padding)
+
+
+def convolve_linear_module(module: nn.Module, site: Site, input: Tensor) -> Tensor:
+    """Stands in for ``forward`` of a linear module."""
+    m: Any = module
+    return convolve(site, input, m.weight, m.bias)

@@ -13,11 +13,11 @@ from torch import nn
 from ._compat import is_compiled
 from .allocation import Allocation
 from .calls import CallSites, functional_name, may_call_convolution, run_intercepted
-from .convolutions import CONVOLUTIONS, ConvSpec, conv_kinds, spec_of_module
+from .convolutions import CONVOLUTIONS, LINEAR, ConvSpec, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
 from .policy import KINDS, Policy, Settings
 from .sharing import shared_copy
-from .sites import Site, convolve_module, convolve_transposed_module
+from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     for name, module in result.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        spec = spec_of_module(module)
+        spec = spec_of_module(module, linear=True)
         if spec is not None and name in assigned:
             _rewrite_module(module, record, name, spec, layers[name], assigned[name])
         elif name in callers:
@@ -119,11 +119,13 @@ def as_policy(policy: Policy | str | dict | None) -> Policy:
 
 
 def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Layer name → kinds, for every convolution module of ``model`` (functional calls show when they run)."""
-    found = {}
+    """Layer name → kinds, for every convolution and linear module of ``model`` (functional calls show when they run)."""
+    found: dict[str, frozenset[str]] = {}
     for name, module in model.named_modules():
         spec = spec_of_module(module)
-        if spec is not None and not isinstance(module, torch.jit.ScriptModule):
+        if spec is None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            found[name] = frozenset({LINEAR.name})
+        elif spec is not None and not isinstance(module, torch.jit.ScriptModule):
             m: Any = module
             if isinstance(m._parameters.get("weight"), nn.parameter.UninitializedParameter):
                 raise TransformError(
@@ -149,7 +151,7 @@ def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
         PolicyError: a rule can match neither a layer nor a functional call that a module of the model may make.
     """
     layers, callers = layer_kinds(model), functional_callers(model)
-    if not layers and not callers:
+    if not (set().union(*layers.values()) - {LINEAR.name}) and not callers and not policy.wants_linear:
         raise TransformError(
             f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
         )
@@ -160,7 +162,8 @@ def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
                 everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
     if policy.unmatched_rules(everything):
         raise PolicyError(policy.unmatched_rules(layers))
-    return policy.assign(layers, require_match=False)
+    assigned = policy.assign(layers, require_match=False)
+    return {k: s for k, s in assigned.items() if LINEAR.name not in layers[k] or s.drop_rate > 0}
 
 
 def scripted_convolutions(model: nn.Module) -> Iterator[str]:
@@ -183,7 +186,14 @@ def _rewrite_module(
     site = record.add(name, spec, kinds, settings, "module")
     cls: Any = type(module)
     base: Any = spec.module
-    if not spec.transposed and cls._conv_forward is base._conv_forward and not may_call_convolution(module):
+    if spec is LINEAR and "forward" not in vars(module):
+        vars(module)["forward"] = functools.partial(convolve_linear_module, module, site)
+    elif (
+        spec is not LINEAR
+        and not spec.transposed
+        and cls._conv_forward is base._conv_forward
+        and not may_call_convolution(module)
+    ):
         vars(module)["_conv_forward"] = functools.partial(convolve_module, module, site)
     elif spec.transposed and cls.forward is base.forward and "forward" not in vars(module):
         vars(module)["forward"] = functools.partial(convolve_transposed_module, module, site)

@@ -87,8 +87,7 @@ def test_operator_equals_the_masked_dense_backward(case):
     assert torch.equal(output, dense)
     grad = case.output_grad(output)
     settings = operator_settings(case)
-    shape = grad.shape if case.batch is not None else (1, *grad.shape)
-    keep = ops.kept_now("layer", settings[1], settings[3], "", shape, module.weight, case.groups)
+    keep = ops.kept_now("layer", settings[1], settings[3], "", module.weight, call.args)
     check_keep(case, keep)
     check_gradients(case, case.call, tensors, dense, grad, gradients_of(output, tensors, grad), keep)
 

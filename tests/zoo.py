@@ -1,0 +1,237 @@
+"""Models of six libraries, with random weights and small inputs: the development suite of docs/design.md, and forty more.
+
+At most three belong to a model family. ``python tests/zoo.py docs/models.md`` writes the table of docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib
+import pickle
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ssprop_fx
+from ssprop_fx import Policy
+from ssprop_fx.coverage import tensors_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to test on.
+
+    Attributes:
+        name: unique, for test ids and the table.
+        family: what it descends from; at most three models share one.
+        library: the distribution's import name; tests skip where it is missing.
+        make: builds it with random weights.
+        inputs: makes its positional arguments.
+    """
+
+    name: str
+    family: str
+    library: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple]
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The model in training mode, the same weights for the same seed."""
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.make().train()
+
+    def arguments(self, seed: int = 0) -> tuple:
+        """Inputs, the same for the same seed."""
+        torch.manual_seed(seed)
+        return self.inputs()
+
+
+def _make(path: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    """A maker that imports what it needs when it is called: ``package.module:name``."""
+
+    def make() -> nn.Module:
+        module, name = path.split(":")
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))(*args, **kwargs)
+
+    return make
+
+
+def _random(*shape: int) -> Callable[[], tuple]:
+    return lambda: (torch.randn(shape),)
+
+
+def _torchvision(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return _make("torchvision.models:get_model", name, weights=None, **kwargs)
+
+
+def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return _make("timm:create_model", name, pretrained=False, **kwargs)
+
+
+def _monai(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return _make(f"monai.networks.nets:{name}", **kwargs)
+
+
+def _smp(name: str, encoder: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    path = f"segmentation_models_pytorch:{name}"
+    return _make(path, encoder_name=encoder, encoder_weights=None, in_channels=3, classes=4, **kwargs)
+
+
+def _diffusers(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return _make(f"diffusers:{name}", **kwargs)
+
+
+class OverTime(nn.Module):
+    """A spiking network shown the same picture at every time step, its membranes reset first; outputs are summed.
+
+    Args:
+        reset: sets the states of all neurons back.
+    """
+
+    def __init__(self, net: nn.Module, reset: Callable[[nn.Module], None], steps: int = 3) -> None:
+        super().__init__()
+        self.net, self.reset, self.steps = net, reset, steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, classes)."""
+        self.reset(self.net)
+        return sum(self.net(x) for _ in range(self.steps))
+
+
+def _spiking(path: str, multi_step: bool = False, **kwargs: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from spikingjelly.activation_based import functional, neuron, surrogate
+
+        neurons = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
+        net = _make(f"spikingjelly.activation_based.model.{path}", **neurons, **kwargs)()
+        if multi_step:
+            functional.set_step_mode(net, "m")
+        return OverTime(net, functional.reset_net, 1 if multi_step else 3)
+
+    return make
+
+
+def _detection() -> tuple:
+    boxes, labels = torch.tensor([[4.0, 4, 40, 44], [10, 12, 60, 60]]), torch.tensor([1, 2])
+    return [torch.rand(3, 64, 64) for _ in range(2)], [{"boxes": boxes, "labels": labels} for _ in range(2)]
+
+
+_DETECTION = {"weights_backbone": None, "min_size": 64, "max_size": 96}
+_PICTURE = _random(2, 3, 64, 64)
+_VOLUME = _random(1, 1, 32, 32, 32)
+_UNET_2D = {
+    "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8,
+}  # fmt: skip
+
+
+def _conditioned() -> tuple:
+    return torch.randn(2, 4, 16, 16), torch.tensor([3, 7]), torch.randn(2, 5, 32)
+
+
+DEVELOPMENT = (
+    Model("resnet18", "ResNet", "torchvision", _torchvision("resnet18"), _PICTURE),
+    Model("resnext50_32x4d", "ResNet", "torchvision", _torchvision("resnext50_32x4d"), _PICTURE),
+    Model(
+        "BasicUNet", "U-Net", "monai",
+        _monai("BasicUNet", spatial_dims=3, in_channels=1, out_channels=2, features=(8, 8, 16, 16, 32, 8)), _VOLUME,
+    ),
+    Model(
+        "UNet2DConditionModel", "diffusion U-Net", "diffusers", _diffusers("UNet2DConditionModel", **_UNET_2D), _conditioned,
+    ),
+    Model("tf_efficientnet_cc_b0_4e", "EfficientNet", "timm", _timm("tf_efficientnet_cc_b0_4e"), _PICTURE),
+    Model("DeepLabV3Plus", "DeepLab", "segmentation_models_pytorch", _smp("DeepLabV3Plus", "resnet18"), _PICTURE),
+    Model("retinanet_resnet50_fpn", "detector", "torchvision", _torchvision("retinanet_resnet50_fpn", **_DETECTION), _detection),
+    Model(
+        "spiking_resnet18", "spiking ResNet", "spikingjelly",
+        _spiking("spiking_resnet:spiking_resnet18", num_classes=10), _random(2, 3, 32, 32),
+    ),
+)  # fmt: skip
+
+
+_FURTHER = (
+    # torchvision
+    Model("vgg11_bn", "VGG", "torchvision", _torchvision("vgg11_bn"), _PICTURE),
+    Model("mobilenet_v2", "MobileNet", "torchvision", _torchvision("mobilenet_v2"), _PICTURE),
+    Model("mobilenet_v3_small", "MobileNet", "torchvision", _torchvision("mobilenet_v3_small"), _PICTURE),
+    Model("densenet121", "DenseNet", "torchvision", _torchvision("densenet121"), _PICTURE),
+    Model("squeezenet1_1", "SqueezeNet", "torchvision", _torchvision("squeezenet1_1"), _PICTURE),
+    Model("shufflenet_v2_x0_5", "ShuffleNet", "torchvision", _torchvision("shufflenet_v2_x0_5"), _PICTURE),
+    Model("googlenet", "Inception", "torchvision", _torchvision("googlenet", init_weights=False), _PICTURE),
+    Model("swin_t", "Swin", "torchvision", _torchvision("swin_t"), _PICTURE),
+    Model("lraspp_mobilenet_v3_large", "MobileNet", "torchvision",
+          _torchvision("lraspp_mobilenet_v3_large", weights_backbone=None), _PICTURE),
+    Model("maskrcnn_resnet50_fpn", "R-CNN", "torchvision", _torchvision("maskrcnn_resnet50_fpn", **_DETECTION),
+          lambda: (_detection()[0], [t | {"masks": torch.ones(2, 64, 64, dtype=torch.uint8)} for t in _detection()[1]])),
+    Model("raft_small", "RAFT", "torchvision", _torchvision("raft_small", num_flow_updates=2) if False else
+          _torchvision("raft_small"), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2)),
+    Model("r2plus1d_18", "video ResNet", "torchvision", _torchvision("r2plus1d_18"), _random(1, 3, 4, 32, 32)),
+    # timm
+    Model("nf_regnet_b0", "normaliser-free", "timm", _timm("nf_regnet_b0"), _PICTURE),
+    Model("resnetv2_50d_gn", "ResNet v2", "timm", _timm("resnetv2_50d_gn"), _PICTURE),
+    Model("mixnet_s", "MixNet", "timm", _timm("mixnet_s"), _PICTURE),
+    Model("resnest14d", "ResNeSt", "timm", _timm("resnest14d"), _PICTURE),
+    Model("ecaresnet26t", "ECA-ResNet", "timm", _timm("ecaresnet26t"), _PICTURE),
+    Model("lambda_resnet26t", "lambda networks", "timm", _timm("lambda_resnet26t", img_size=64), _PICTURE),
+    Model("convnextv2_atto", "ConvNeXt", "timm", _timm("convnextv2_atto"), _PICTURE),
+    Model("mobilevit_xxs", "MobileViT", "timm", _timm("mobilevit_xxs"), _PICTURE),
+    Model("repvgg_a0", "RepVGG", "timm", _timm("repvgg_a0"), _PICTURE),
+    Model("resnetblur18", "blur pooling", "timm", _timm("resnetblur18"), _PICTURE),
+    Model("vit_tiny_patch16_224", "ViT", "timm", _timm("vit_tiny_patch16_224", img_size=64), _PICTURE),
+    # diffusers
+    Model("AutoencoderKL", "autoencoder", "diffusers", _diffusers(
+        "AutoencoderKL", block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2), _random(2, 3, 32, 32)),
+    Model("AutoencoderKLCogVideoX", "video autoencoder", "diffusers", _diffusers(
+        "AutoencoderKLCogVideoX", block_out_channels=(8, 8, 8, 8), norm_num_groups=2, latent_channels=4, layers_per_block=1),
+        _random(1, 3, 5, 32, 32)),
+    Model("AutoencoderOobleck", "audio autoencoder", "diffusers", _diffusers(
+        "AutoencoderOobleck", encoder_hidden_size=8, downsampling_ratios=[2, 4], channel_multiples=[1, 2],
+        decoder_channels=8, decoder_input_channels=8, audio_channels=2), _random(1, 2, 256)),
+    Model("UNet1DModel", "diffusion U-Net", "diffusers", _diffusers(
+        "UNet1DModel", in_channels=2, out_channels=2, block_out_channels=(16, 32, 32), sample_size=64, extra_in_channels=16),
+        lambda: (torch.randn(2, 2, 64), torch.tensor([3, 7]))),
+    Model("UNet3DConditionModel", "diffusion U-Net", "diffusers", _diffusers(
+        "UNet3DConditionModel", sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=32, attention_head_dim=8),
+        lambda: (torch.randn(1, 4, 3, 16, 16), torch.tensor([3]), torch.randn(1, 5, 32))),
+    # monai
+    Model("SegResNet", "SegResNet", "monai", _monai("SegResNet", spatial_dims=3, init_filters=8, out_channels=2), _VOLUME),
+    Model("VNet", "V-Net", "monai", _monai("VNet", out_channels=2), _VOLUME),
+    Model("DynUNet", "U-Net", "monai", _monai(
+        "DynUNet", spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3], strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2], filters=[8, 16, 32], deep_supervision=True, deep_supr_num=1), _VOLUME),
+    Model("SwinUNETR", "Swin", "monai", _monai("SwinUNETR", in_channels=1, out_channels=2, feature_size=12), _VOLUME),
+    Model("EfficientNetBN", "EfficientNet", "monai", _monai(
+        "EfficientNetBN", model_name="efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=3, num_classes=4), _PICTURE),
+    Model("VQVAE", "autoencoder", "monai", _monai(
+        "VQVAE", spatial_dims=2, in_channels=1, out_channels=1, channels=(16, 16), num_res_layers=1, num_res_channels=(16, 16),
+        downsample_parameters=((2, 4, 1, 1),) * 2, upsample_parameters=((2, 4, 1, 1, 0),) * 2, num_embeddings=16,
+        embedding_dim=8), _random(2, 1, 32, 32)),
+    # segmentation_models_pytorch
+    Model("UnetPlusPlus", "U-Net", "segmentation_models_pytorch", _smp("UnetPlusPlus", "resnet18"), _PICTURE),
+    Model("PSPNet", "PSPNet", "segmentation_models_pytorch", _smp("PSPNet", "resnet18"), _PICTURE),
+    Model("Segformer", "SegFormer", "segmentation_models_pytorch", _smp("Segformer", "mit_b0"), _PICTURE),
+    # spikingjelly
+    Model("spiking_vgg11_bn", "spiking VGG", "spikingjelly",
+          _spiking("spiking_vgg:spiking_vgg11_bn", num_classes=10), _random(2, 3, 32, 32)),
+    Model("sew_resnet18", "spiking ResNet", "spikingjelly",
+          _spiking("sew_resnet:sew_resnet18", multi_step=True, num_classes=10, cnf="ADD"), _random(2, 2, 3, 32, 32)),
+    Model("CIFAR10DVSNet", "parametric LIF", "spikingjelly",
+          _spiking("parametric_lif_net:CIFAR10DVSNet", channels=8), _random(2, 2, 128, 128)),
+)  # fmt: skip
+
+FURTHER = _FURTHER
+MODELS = DEVELOPMENT + FURTHER
