@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
@@ -73,6 +72,8 @@ class LowerBackward(PassBase):
             raise AssertionError(f"not lowered: {', '.join(n.name for n in left)}")
 
     def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
+
         grad, input, weight, output = (_value(a) for a in node.args[:4])
         args, mask = ConvArgs(*node.args[4:10]), node.args[10]
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]

@@ -27,6 +27,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which that does."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_optimized_module(module: Any) -> bool:
     """Whether a module is what ``torch.compile(module)`` returned (asked without importing the compiler)."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")

@@ -214,6 +214,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     Args:
         policy: None leaves everything but what ``transform`` has rewritten as it is.
     """
+    ops.register_flop_formulas()
     names = GraphNames(_index)
     convolutions = find_convolutions(graph_module, names, linear=True)
     transformed = _transformed_policy(graph_module, names)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .allocation import Allocation, allocation_for, observers
 from .backward import dense_backward, sparse_backward
@@ -157,14 +156,24 @@ for _device in ("cpu", "cuda", "xpu", "mps"):
     _library.impl("conv", functools.partial(_autocast, _device), f"Autocast{_device.upper()}")
 
 
-@register_flop_formula(torch.ops.ssprop.conv)
+@functools.cache
+def register_flop_formulas() -> None:
+    """Make ``torch.utils.flop_counter`` count the two operators.
+
+    Called when a graph gets the first of them: importing the counter imports Triton, which eager mode does not need.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.ssprop.conv)(_conv_flops)
+    register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)(_conv_backward_flops)
+
+
 def _conv_flops(input_shape, weight_shape, bias_shape, *rest, out_shape=None, **_) -> int:
     args = ConvArgs(*rest[:6])
     positions = input_shape if args.transposed else out_shape
     return conv_backward_flops(positions, weight_shape, args.groups, args.transposed, outputs=1)
 
 
-@register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)
 def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) -> int:
     args, mask = ConvArgs(*rest[:6]), rest[6]
     layer, drop_rate, _criterion, round_to, gradients, allocation = rest[7:]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._compat import function_modes, functorch_active
+from ._compat import constant_when_traced, function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
 from .convolutions import ConvArgs, ConvSpec, output_channels, run
@@ -123,8 +123,9 @@ def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilatio
     return output.squeeze(0) if call.unbatched else output
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _constant_settings(site: Site) -> tuple:
+    ops.register_flop_formulas()
     return site.operator_settings()
 
 
