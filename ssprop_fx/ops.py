@@ -9,6 +9,7 @@ and ``round_to: auto`` (0) rounds by the layer alone.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -182,3 +183,7 @@ def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) 
     one = conv_backward_flops(shape, weight.shape, args.groups, args.transposed, outputs=1)
     kept = one * keep // choices(output_channels(weight.shape, args), args.groups)
     return (one if gradients == "weight" else kept) * mask[0] + kept * mask[1]
+
+
+if "torch.utils.flop_counter" in sys.modules:  # whoever imported it means to count
+    register_flop_formulas()
