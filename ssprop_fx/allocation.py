@@ -40,6 +40,10 @@ class Allocation:
         self.handle = f"{self.policy.digest}.{next(_numbers)}"
         _live[self.handle] = self
 
+    def wants(self, layer: str) -> bool:
+        """Whether another announcement of the layer could change anything; asked first, since it costs less."""
+        return not self._plans or layer not in self.demands
+
     def announce(
         self, layer: str, channels: int, flops: int, drop_rate: float, granule: int, provisional: bool = False
     ) -> None:

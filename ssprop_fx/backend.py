@@ -396,6 +396,7 @@ def _inner_compile(
         record.seconds["forward"] = time.perf_counter() - start
         return compiled
     if not backward_nodes(graph_module):
+        record.backward = _copy(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
     return bw_compiler(
         graph_module,

@@ -7,6 +7,7 @@ says yes, which costs time and never an answer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from .convolutions import GENERAL, SPEC_OF_FUNCTION, ConvSpec, bind_general, conv_kinds, spec_of_module
 from .sites import Site, convolve, handled
+
+_Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
 
 _NAMES = frozenset(spec.name for spec in SPEC_OF_FUNCTION.values()) | {
     "_conv_forward",
@@ -93,10 +96,10 @@ def may_call_convolution(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
     stored = list(_stored(module))
-    if any(_value_reaches(value, set()) for value in stored if callable(value)):
-        return True
     held = {type(m) for m in module.modules()} | {type(value) for value in stored}
     cls: Any = type(module)
+    if _reaches([(value, None) for value in stored if callable(value)], frozenset()):
+        return True
     return _class_reaches(cls, frozenset(c for c in held if not _is_torch(c) and c is not cls))
 
 
@@ -108,7 +111,7 @@ def forward_names(module: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _class_reaches(cls: type, held: frozenset[type]) -> bool:
-    return _function_reaches(cls.forward, cls, set(), held)  # type: ignore[attr-defined]
+    return _reaches([(cls.forward, cls)], held)  # type: ignore[attr-defined]
 
 
 def _stored(module: nn.Module) -> Iterator[Any]:
@@ -126,55 +129,55 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
 
 
-def _value_reaches(value: Any, seen: set[Any], cls: type | None = None, held: frozenset[type] = frozenset()) -> bool:
-    if isinstance(value, functools.partial):
-        return any(_value_reaches(v, seen, cls, held) for v in (value.func, *value.args, *value.keywords.values()))
-    if isinstance(value, types.MethodType):
-        return _value_reaches(value.__func__, seen, type(value.__self__), held)
-    if isinstance(value, (types.FunctionType, staticmethod, classmethod)):
-        return _function_reaches(value, cls, seen, held)
-    if isinstance(value, types.BuiltinFunctionType):
-        return value in SPEC_OF_FUNCTION or value.__name__ in _NAMES
-    wrapped = getattr(value, "__wrapped__", None)
-    if isinstance(wrapped, types.FunctionType):
-        return _function_reaches(wrapped, cls, seen, held)
-    if isinstance(value, (nn.Module, torch.Tensor, type)) or _is_torch(type(value)):
-        return False
-    return any(_value_reaches(v, seen, type(value), held) for v in _members(type(value), "__call__"))
+def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
+    """Whether any of these values is, or can come to call, a convolution function."""
+    seen: set[Any] = set()
+    while todo:
+        value, cls = todo.pop()
+        if isinstance(value, functools.partial):
+            todo += [(v, cls) for v in (value.func, *value.args, *value.keywords.values())]
+        elif isinstance(value, types.MethodType):
+            todo.append((value.__func__, type(value.__self__)))
+        elif isinstance(value, (staticmethod, classmethod)):
+            todo.append((value.__func__, cls))
+        elif isinstance(value, types.BuiltinFunctionType):
+            if value in SPEC_OF_FUNCTION or value.__name__ in _NAMES:
+                return True
+        elif isinstance(value, types.FunctionType):
+            # torch's own modules and functionals call a convolution only through `_conv_forward`
+            if (value.__code__, cls) not in seen and not _is_torch(value):
+                seen.add((value.__code__, cls))
+                if _mentions_convolution(value, cls):
+                    return True
+                todo += _successors(value, cls, held)
+        elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
+            todo.append((value.__wrapped__, cls))
+        elif not isinstance(value, (nn.Module, torch.Tensor, type)) and not _is_torch(type(value)):
+            todo += [(v, type(value)) for v in _members(type(value), "__call__") if isinstance(v, types.FunctionType)]
+    return False
 
 
-def _function_reaches(function: Any, cls: type | None, seen: set[Any], held: frozenset[type]) -> bool:
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is None or (code, cls) in seen:
-        return False
-    seen.add((code, cls))
-    if _is_torch(function):
-        return False  # torch's own modules and functionals call a convolution only through `_conv_forward`
-    names, strings = _names_and_strings(code)
+def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
+    names, strings = _names_and_strings(function.__code__)
     if names & _NAMES and not (names & _NAMES == {"_conv_forward"} and _is_conv_class(cls)):
         return True
-    if "getattr" in names and any(s.startswith("conv") for s in strings):
-        return True
-    closure = getattr(function, "__closure__", None) or ()
-    for cell in closure:
-        try:
-            if _value_reaches(cell.cell_contents, seen, cls, held):
-                return True
-        except ValueError:  # an empty cell
-            continue
-    return any(
-        _value_reaches(value, seen, owner, held)
-        for name in names
-        for value, owner in _resolve(name, function, cls, names, held)
-    )
+    return "getattr" in names and any(s.startswith("conv") for s in strings)
+
+
+def _successors(function: types.FunctionType, cls: type | None, held: frozenset[type]) -> Iterator[_Reached]:
+    """What a function may call, each with the class that it is a member of."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents, cls
+    names, _ = _names_and_strings(function.__code__)
+    for name in names:
+        yield from _resolve(name, function, cls, names, held)
 
 
 def _resolve(
-    name: str, function: Any, cls: type | None, names: frozenset[str], held: frozenset[type]
-) -> Iterator[tuple[Any, type | None]]:
-    """What a name in a function may stand for, each with the class that it is a member of."""
-    found = getattr(function, "__globals__", {}).get(name)
+    name: str, function: types.FunctionType, cls: type | None, names: frozenset[str], held: frozenset[type]
+) -> Iterator[_Reached]:
+    found = function.__globals__.get(name)
     if found is None:  # imported inside the function, it may be
         found = sys.modules.get(name) or sys.modules.get(f"{(function.__module__ or '').rpartition('.')[0]}.{name}")
     if isinstance(found, types.ModuleType):

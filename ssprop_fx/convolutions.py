@@ -236,7 +236,7 @@ def conv_backward_flops(
 
 
 def _per_dim(value: Any, n: int) -> tuple[int, ...]:
-    if isinstance(value, Sequence):
+    if isinstance(value, (tuple, list)):
         return tuple(value) * n if len(value) == 1 else tuple(value)
     return (value,) * n
 

@@ -15,12 +15,24 @@ from torch.utils._pytree import tree_leaves
 
 from ._compat import is_compiled
 from .allocation import Allocation, observers
+from .convolutions import ConvSpec, conv_backward_flops
+from .cost import Call
 from .errors import SSPropError
-from .policy import Policy
+from .policy import Policy, Settings
 from .sharing import shared_copy
-from .transform import transformation_of
+from .transform import Transformation, transformation_of
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """A layer as a training step met it: its row of the convolution table, kinds, settings, and its calls in order."""
+
+    spec: ConvSpec
+    kinds: frozenset[str]
+    settings: Settings
+    calls: tuple[Call, ...]
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,20 @@ class Measurement:
         sparse: sparse backward passes of the step with a factor of one.
         dense_by_rule: calls that are dense in the second step because their drop rate is zero.
         calls: layer → sparse backward passes in the step.
+        conv_flops: of the dense step's convolution backwards, a multiply-add counted as two.
+        step_flops: of the whole dense step, forward and backward, of the operations that have a formula in
+            ``torch.utils.flop_counter`` (which counts the weight gradient of a grouped convolution as if it were not
+            grouped; here it is counted as what it is).
+        layers: what a transformed model's dense step made of each layer, calls in order.
     """
 
     dense: int
     sparse: int
     dense_by_rule: int
     calls: dict[str, int] = field(default_factory=dict)
+    conv_flops: int = 0
+    step_flops: int = 0
+    layers: dict[str, MeasuredLayer] = field(default_factory=dict, repr=False)
 
     @property
     def coverage(self) -> float:
@@ -48,7 +68,7 @@ class Measurement:
         """Plain numbers, for JSON."""
         return {
             "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
-            "coverage": self.coverage, "calls": self.calls,
+            "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops, "step_flops": self.step_flops,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -59,16 +79,25 @@ class Measurement:
 
 
 class BackwardCounter(TorchDispatchMode):
-    """Counts ``aten.convolution_backward`` calls while it is active."""
+    """Counts ``aten.convolution_backward`` calls, their FLOPs and those of everything while it is active."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton, which nothing else here needs
+
         super().__init__()
-        self.count = 0
+        self.formulas = flop_registry
+        self.count = self.conv_flops = self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func is _BACKWARD:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
+            grad, input, weight, _, _, _, _, transposed, _, groups, mask = args
+            positions = input.shape if transposed else grad.shape
+            flops = conv_backward_flops(positions, weight.shape, groups, transposed, sum(mask[:2]))
+            self.count, self.conv_flops, self.flops = self.count + 1, self.conv_flops + flops, self.flops + flops
+        elif func._overloadpacket in self.formulas:
+            self.flops += self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
@@ -86,6 +115,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     from .naming import unwrap
 
     user_model = unwrap(model)
+    record = transformation_of(user_model)
     counter = BackwardCounter()
     with _undone(user_model):
         dense_model = _forced(user_model, 0.0)
@@ -94,13 +124,26 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     seen: Counter[str] = Counter()
     with _undone(user_model), _observing(seen.update):
         _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+    layers = _measured(record, transformation_of(dense_model), seen) if record else {}
     for name, module in user_model.named_modules():
         if isinstance(module, nn.Linear):
             del seen[name]  # rewritten, but no convolution
-    record = transformation_of(user_model)
-    rates = {k: s.settings.drop_rate for k, s in record.sites.items()} if record else {}
-    by_rule = sum(n for layer, n in seen.items() if rates.get(layer, 1.0) == 0)
-    return Measurement(counter.count, sum(seen.values()) - by_rule, by_rule, dict(seen))
+    by_rule = sum(n for layer, n in seen.items() if layer in layers and layers[layer].settings.drop_rate == 0)
+    sparse = sum(seen.values()) - by_rule
+    return Measurement(counter.count, sparse, by_rule, dict(seen), counter.conv_flops, counter.flops, layers)
+
+
+def _measured(record: Transformation, met: Any, seen: Mapping[str, int]) -> dict[str, MeasuredLayer]:
+    """The layers of ``record`` with the calls that its copy ``met`` saw, functional ones that only that has met included."""
+    layers = {}
+    for layer, site in met.sites.items():
+        own = record.sites.get(layer)
+        settings = own.settings if own else record.policy.assign({layer: site.kinds}, require_match=False)[layer]
+        with_backward = [c for c in site.calls or () if c.needs is not None]
+        # a checkpointed call is made again in the backward pass, where it counts no second time
+        calls = with_backward[: seen[layer]] if seen.get(layer) else with_backward
+        layers[layer] = MeasuredLayer(site.spec, site.kinds, settings, tuple(calls))
+    return layers
 
 
 @contextlib.contextmanager
@@ -116,13 +159,16 @@ def _observing(update: Callable[[Any], None]) -> Iterator[None]:
 
 
 def _forced(model: nn.Module, factor: float) -> nn.Module:
-    """A copy, sharing tensors, whose factor is fixed; at one, layers of drop rate zero are made sparse to be counted."""
+    """A copy, sharing tensors, whose factor is fixed, and which notes every call.
+
+    At a factor of one, layers of drop rate zero are made sparse, to be counted.
+    """
     copied = shared_copy(model)
     record = transformation_of(copied)
     if record is not None:
-        allocation = Allocation(Policy(schedule={"kind": "constant", "end": factor}))
+        allocation = Allocation(Policy(drop_rate=0.5, schedule={"kind": "constant", "end": factor}))
+        record.listen(allocation)
         for site in record.sites.values():
-            site.allocation = allocation
             if factor and site.settings.drop_rate == 0:
                 site.settings = replace(site.settings, drop_rate=0.5)
     return copied

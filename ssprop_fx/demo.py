@@ -27,7 +27,7 @@ from .transform import transform
 
 BATCH = 64
 EPOCHS = 20
-_RATE, _DECAY, _SMOOTHING = 0.1, 5e-4, 0.1
+_RATE, _DECAY, _SMOOTHING = 3e-3, 0.05, 0.1
 _BACKWARD = torch.ops.aten.convolution_backward
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, a line on how it goes
@@ -164,7 +164,7 @@ class Trainee:
         self, module: nn.Module, run: Callable[[Tensor], Tensor], steps: int, count: Callable[[], int] | None = None
     ) -> None:
         self.module, self.run, self.count = module, run, count
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, weight_decay=_DECAY, nesterov=True)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=_RATE, weight_decay=_DECAY)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, _RATE, total_steps=steps)
         self.flops: dict[float, int] = {}
         self.seconds: dict[float, list[float]] = {}

@@ -2,160 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.fx import GraphModule
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
 
 from ._compat import is_compiled
-from .convolutions import conv_backward_flops, conv_kinds, output_channels, spec_of_module
-from .coverage import Measurement, measure
+from .allocation import Allocation
+from .convolutions import ConvArgs, conv_kinds, spec_of_module
+from .cost import Call, as_number, total_flops
+from .coverage import MeasuredLayer, Measurement, measure
+from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .policy import Policy, Settings
-from .selection import choices
+from .report import Plan, Report, Row
+from .selection import AUTO
 from .sites import Site
 from .tracing import TracedModule, capture
 from .transform import Transformation, transformation_of
 
-
-@dataclass(frozen=True)
-class Row:
-    """One convolution of a model.
-
-    Attributes:
-        layer: name as in ``named_modules()``; ``owner#conv2d.0`` for a functional call.
-        kind: the convolution function.
-        kinds: everything a policy rule's ``kind`` can match.
-        rung: ``graph``, ``module`` or ``call`` (how it was rewritten), or ``-`` where it was not.
-        rule: the rule of the policy that decided.
-        drop_rate: the rule's drop rate; times the schedule's factor it is the rate in force.
-        kept, total: channels that the next backward pass uses, of how many; whole groups for a depthwise convolution.
-            None before shapes are known.
-        input_shape, weight_shape, output_shape: of the first call, (N, C, *spatial), as the function takes the weight,
-            (N, K, *spatial); None before the first step.
-        calls: calls in a step, where a captured graph or a measurement tells; else 1.
-        flops_dense, flops_now: of the backward pass (input and weight gradient), a multiply-add counted as two.
-        reason: why it is dense, where it is; empty for a rewritten one.
-    """
-
-    layer: str
-    kind: str
-    kinds: tuple[str, ...]
-    rung: str
-    rule: str
-    drop_rate: float
-    kept: int | None
-    total: int | None
-    input_shape: tuple[int, ...] | None
-    weight_shape: tuple[int, ...] | None
-    output_shape: tuple[int, ...] | None
-    calls: int
-    flops_dense: int | None
-    flops_now: int | None
-    reason: str
-
-    @property
-    def rewritten(self) -> bool:
-        """Whether its backward pass follows the policy (which may say dense at this step)."""
-        return self.rung != "-"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was done to a model, layer by layer. ``print`` it.
-
-    Attributes:
-        model: class name of the model.
-        front_end: ``transform`` or ``backend``.
-        policy: the policy in force.
-        rows: one per convolution, in the model's order.
-        measurement: counted convolution backwards of one step, if example inputs were given.
-    """
-
-    model: str
-    front_end: str
-    policy: Policy
-    rows: tuple[Row, ...]
-    measurement: Measurement | None = None
-    _graphs: Callable[[], dict[str, GraphModule]] = field(default=dict, repr=False, compare=False)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the convolutions that are rewritten; of the counted backward calls where they were measured."""
-        if self.measurement is not None:
-            return self.measurement.coverage
-        return sum(r.rewritten for r in self.rows) / len(self.rows) if self.rows else 1.0
-
-    @cached_property
-    def graphs(self) -> dict[str, GraphModule]:
-        """The captured graphs by name and stage, ``layer1/traced``, ``graph 0/captured``, ``…/rewritten``, ``…/phase …``."""
-        return self._graphs()
-
-    @property
-    def flops_dense(self) -> int:
-        """FLOPs of all dense convolution backward passes of a step, as far as shapes are known."""
-        return sum(r.flops_dense or 0 for r in self.rows)
-
-    @property
-    def flops_now(self) -> int:
-        """The same at the kept counts in force."""
-        return sum(r.flops_now or 0 for r in self.rows)
-
-    def __getitem__(self, layer: str) -> Row:
-        for row in self.rows:
-            if row.layer == layer:
-                return row
-        raise KeyError(layer)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
-        return {
-            "model": self.model,
-            "front_end": self.front_end,
-            "policy": self.policy.to_dict(),
-            "step": self.policy.steps,
-            "factor": self.policy.factor,
-            "coverage": self.coverage,
-            "flops_dense": self.flops_dense,
-            "flops_now": self.flops_now,
-            "rows": [asdict(row) for row in self.rows],
-            "measurement": self.measurement.to_dict() if self.measurement else None,
-        }
-
-    def to_json(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        header = ("layer", "kind", "rung", "rate", "kept", "output", "backward MFLOP", "now", "rule", "reason")
-        table = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([self.summary(), "", *lines])
-
-    def summary(self) -> str:
-        """Two or three lines: coverage, step, FLOPs."""
-        rewritten = sum(r.rewritten for r in self.rows)
-        lines = [
-            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} convolutions rewritten; "
-            f"step {self.policy.steps}, factor {self.policy.factor:g}"
-        ]
-        if self.measurement is not None:
-            lines.append(str(self.measurement))
-        if self.flops_dense:
-            saved = 1 - self.flops_now / self.flops_dense
-            lines.append(
-                f"backward convolution FLOPs of a step: {self.flops_now:.4g} of {self.flops_dense:.4g}, "
-                f"{saved:.1%} saved at this step"
-            )
-        else:
-            lines.append("FLOPs: unknown before the first training step")
-        return "\n".join(lines)
+if TYPE_CHECKING:
+    from .backend import GraphRecord, PhaseDispatcher
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
@@ -164,198 +35,358 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     Args:
         model: a transformed model, or a compiled one after its first step (wrappers such as DDP are looked through).
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. With them, a dense and
-            a sparse training step are run on a copy and the convolution backwards counted: coverage is then measured.
+            a sparse training step are run on a copy and the convolution backwards counted: coverage is then measured,
+            and shapes and FLOPs are known without a step of your own.
 
     Raises:
         SSPropError: the model is neither, or it is compiled and no graph has been captured yet.
     """
+    from .naming import unwrap
+
     record = transformation_of(model)
     measurement = None
     if example_inputs is not None:
         measurement = measure(model, example_inputs)
-    if record is not None:
-        return _of_transformed(model, record, measurement)
-    from .backend import records_of
-    from .naming import unwrap
-
     user_model = unwrap(model)
-    records = records_of(user_model)
-    if not records:
-        if is_compiled(model):
-            raise SSPropError(
-                'the model is compiled but nothing has been captured for the backend "ssprop" yet; '
-                'run a training step first (and check that backend="ssprop" was given)'
-            )
+    records = _records(user_model) if is_compiled(model) or record is None else []
+    if record is not None:
+        return _of_transformed(user_model, record, measurement, records, example_inputs)
+    if records:
+        return _of_compiled(user_model, records, measurement)
+    if is_compiled(model):
         raise SSPropError(
-            f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
-            'or of torch.compile(model, backend="ssprop") after a step; policy.explain(model) shows what a policy would do'
+            'the model is compiled but nothing has been captured for the backend "ssprop" yet; '
+            'run a training step first (and check that backend="ssprop" was given)'
         )
-    return _of_compiled(user_model, records, measurement)
+    raise SSPropError(
+        f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
+        'or of torch.compile(model, backend="ssprop") after a step; policy.explain(model) shows what a policy would do'
+    )
 
 
-def _of_transformed(model: nn.Module, record: Transformation, measurement: Measurement | None) -> Report:
-    traced = _Lazy(lambda: capture(model, record))
-    in_graph = {layer for t in traced() for layer in t.layers}
-    rows = [_site_row(site, "graph" if site.layer in in_graph else site.rung, measurement) for site in record.sites.values()]
-    rows += [_skipped_row(layer, reason) for layer, reason in record.skipped.items()]
-    return Report(
-        _user_class(model),
-        "transform",
-        record.policy,
-        tuple(rows),
+@dataclass(frozen=True)
+class _Use:
+    """A call of a layer; ``dispatcher`` and ``node`` where a compiled backward decides how many channels it keeps."""
+
+    call: Call
+    dispatcher: PhaseDispatcher | None = None
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    kind: str
+    kinds: frozenset[str]
+    rung: str
+    settings: Settings
+    uses: tuple[_Use, ...]
+
+
+def _report(
+    model: nn.Module,
+    front_end: str,
+    policy: Policy,
+    layers: Mapping[str, _Layer],
+    left: Sequence[Row],
+    demands: Mapping[str, Any],
+    measurement: Measurement | None,
+    quantized: bool,
+    captures: Callable[[], list[Capture]],
+) -> Report:
+    calls = {name: tuple(use.call for use in layer.uses) for name, layer in layers.items() if layer.uses}
+    report = Report(
+        type(model).__name__,
+        front_end,
+        policy,
+        policy.steps,
+        policy.factor,
+        (*(_row(name, layer, measurement) for name, layer in layers.items()), *left),
         measurement,
-        lambda: {name: graph for t in traced() for name, graph in t.graphs().items()},
+        calls,
+        quantized,
+        _plan(policy, layers, demands),
+        captures,
     )
+    return report.at(policy.steps)
 
 
-class _Lazy:
-    def __init__(self, make: Callable[[], list[TracedModule]]) -> None:
-        self._make = make
-        self._value: list[TracedModule] | None = None
+def _plan(policy: Policy, layers: Mapping[str, _Layer], demands: Mapping[str, Any]) -> Plan:
+    """Kept counts at any factor, by the code that decides them in training.
 
-    def __call__(self) -> list[TracedModule]:
-        if self._value is None:
-            self._value = self._make()
-        return self._value
+    Args:
+        demands: what the layers have announced already; the others announce what their calls would.
+    """
+    planned = Allocation(policy)
+    planned.demands.update(demands)
+    for name, layer in layers.items():
+        if name not in demands and layer.settings.drop_rate > 0 and layer.settings.round_to == "auto":
+            for use in layer.uses:
+                if use.dispatcher is None:
+                    d = use.call.demand(name, layer.settings.drop_rate)
+                    planned.announce(name, d.channels, d.flops, d.drop_rate, d.granule)
+    dispatchers = {id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher}
 
+    @functools.cache
+    def plan(factor: float) -> dict[str, tuple[int, ...]]:
+        counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in dispatchers.items()}
 
-def _site_row(site: Site, rung: str, measurement: Measurement | None) -> Row:
-    calls = measurement.calls.get(site.layer, 1) if measurement else 1
-    settings = site.settings
-    if site.shapes is None or site.args is None:
-        return _row(site.layer, site.spec.name, site.kinds, rung, settings, calls=calls)
-    input_shape, weight_shape, output_shape = site.shapes
-    total = choices(output_channels(weight_shape, site.args), site.args.groups)
-    kept = site.allocation.keep(site.layer, total, settings.drop_rate, site.allocation.policy.factor, site.round_to)
-    positions = input_shape if site.args.transposed else output_shape
-    dense = calls * conv_backward_flops(positions, weight_shape, site.args.groups, site.args.transposed)
-    return _row(
-        site.layer,
-        site.spec.name,
-        site.kinds,
-        rung,
-        settings,
-        kept=kept,
-        total=total,
-        shapes=(input_shape, weight_shape, output_shape),
-        calls=calls,
-        dense=dense,
-    )
+        def kept(name: str, settings: Settings, use: _Use) -> int:
+            if use.dispatcher is not None:
+                return counts[id(use.dispatcher)][use.node]
+            round_to = AUTO if settings.round_to == "auto" else settings.round_to
+            return planned.keep(name, use.call.channels, settings.drop_rate, factor, round_to)
+
+        return {name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in layers.items() if v.uses}
+
+    return plan
 
 
-def _row(
-    layer: str,
-    kind: str,
-    kinds: frozenset[str],
-    rung: str,
-    settings: Settings,
-    kept: int | None = None,
-    total: int | None = None,
-    shapes: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None,
-    calls: int = 1,
-    dense: int | None = None,
-    now: int | None = None,
-    reason: str = "",
-) -> Row:
-    if dense is not None and now is None and kept is not None and total:
-        now = _flops_now(dense, kept, total, settings.gradients)
-    if not reason and settings.drop_rate == 0:
-        reason = "drop rate 0"
-    input_shape, weight_shape, output_shape = (
-        (tuple(int(size) for size in shape) for shape in shapes) if shapes else (None, None, None)
-    )
+def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
+    settings, first = layer.settings, layer.uses[0].call if layer.uses else None
+    calls = tuple(use.call for use in layer.uses)
+    reason = "drop rate 0" if settings.drop_rate == 0 else ""
+    if not reason and calls and not any(any(c.needs or (True,)) for c in calls):
+        reason = "no gradient is computed"
     return Row(
-        layer, kind, tuple(sorted(kinds)), rung, settings.rule, settings.drop_rate, kept, total,
-        input_shape, weight_shape, output_shape, calls, dense, now, reason,
+        layer=name,
+        kind=layer.kind,
+        kinds=tuple(sorted(layer.kinds)),
+        rung=layer.rung,
+        rule=settings.rule,
+        drop_rate=settings.drop_rate,
+        criterion=settings.criterion,
+        gradients=settings.gradients,
+        kept=None,
+        total=first.channels if first else None,
+        input_shape=first.input if first else None,
+        weight_shape=first.weight if first else None,
+        output_shape=first.output if first else None,
+        calls=max(len(calls), 1) if measurement is None else max(len(calls), measurement.calls.get(name, 1)),
+        flops_dense=total_flops(calls) if calls else None,
+        flops_now=None,
+        reason=reason,
+    )
+
+
+def _left_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] = ()) -> Row:
+    return Row(
+        layer=layer, kind=kind, kinds=tuple(kinds), rung="-", rule="-", drop_rate=0.0, criterion="-", gradients="-",
+        kept=None, total=None, input_shape=None, weight_shape=None, output_shape=None, calls=1,
+        flops_dense=None, flops_now=None, reason=reason,
     )  # fmt: skip
 
 
-def _flops_now(dense: int, kept: int, total: int, gradients: str) -> int:
-    half = dense // 2
-    return dense * kept // total if gradients == "all" else half + half * kept // total
+# --- transformed models
 
 
-def _skipped_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] = ()) -> Row:
-    return Row(layer, kind, tuple(kinds), "-", "-", 0.0, None, None, None, None, None, 1, None, None, reason)
+def _of_transformed(
+    model: nn.Module,
+    record: Transformation,
+    measurement: Measurement | None,
+    records: list[GraphRecord],
+    example_inputs: Any,
+) -> Report:
+    traced = functools.cache(lambda: capture(model, record))
+    in_graph = {layer for t in traced() for layer in t.layers}
+    compiled = _compiled_uses(records)
+    measured = measurement.layers if measurement else {}
+    layers: dict[str, _Layer] = {}
+    for name, site in record.sites.items():
+        rung = "graph" if name in in_graph else site.rung
+        uses = compiled.get(name) or _site_uses(site, measured.get(name))
+        layers[name] = _Layer(site.spec.name, site.kinds, rung, site.settings, uses)
+    for name, m in measured.items():  # functional calls that only the measured step has met
+        if name not in layers:
+            uses = compiled.get(name) or tuple(map(_Use, m.calls))
+            layers[name] = _Layer(m.spec.name, m.kinds, "call", m.settings, uses)
+
+    def captures() -> list[Capture]:
+        if records:
+            return _record_captures(records)
+        return [_traced_capture(t, layers, example_inputs) for t in traced()]
+
+    left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
+    demands = record.allocation.demands
+    return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
 
-def _of_compiled(model: nn.Module, records: list, measurement: Measurement | None) -> Report:
-    rows: dict[str, Row] = {}
-    newest = {(record.frame, layer): record for _, record in records for layer in record.layers()}
-    for _, record in records:
-        for row in _graph_rows(record):
-            if newest[record.frame, row.layer] is not record:
-                continue  # compiled again since, for other shapes
-            known = rows.get(row.layer)
-            rows[row.layer] = row if known is None else _merged(known, row)
+def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[_Use, ...]:
+    if measured is not None:
+        return tuple(map(_Use, measured.calls))
+    return (_Use(site.call),) if site.call is not None else ()
+
+
+def _traced_capture(traced: TracedModule, layers: Mapping[str, _Layer], example_inputs: Any) -> Capture:
+    prefix = f"{traced.name}." if traced.name else ""
+    graphs = {name.rpartition("/")[2]: graph for name, graph in traced.graphs().items()}
+    before = traced.traced
+    named = {n.name: f"{prefix}{n.target}" for n in before.graph.find_nodes(op="call_module")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if example_inputs is not None and not prefix:
+        positional, names = _arguments(example_inputs)
+        shapes = shapes_of(before, positional, names)
+    seen: dict[str, int] = {}
+    of_node = {}
+    for node, layer in named.items():
+        if layer in layers:
+            of_node[node], uses = layer, layers[layer].uses
+            nth = seen[layer] = seen.get(layer, -1) + 1
+            if nth < len(uses):
+                shapes.setdefault(node, uses[nth].call.output)
+    title = next(iter(traced.graphs())).rpartition("/")[0]
+
+    def module_of(node: Node) -> str:
+        return named.get(node.name) or f"{prefix}{_innermost(node)}".rstrip(".")
+
+    return Capture(title, graphs, of_node, module_of, shapes)
+
+
+def _innermost(node: Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    return (example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
+
+
+# --- compiled models
+
+
+def _records(model: nn.Module) -> list[GraphRecord]:
+    from .backend import records_of
+
+    return [record for _, record in records_of(model)]
+
+
+def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Measurement | None) -> Report:
+    compiled = _compiled_uses(records)
+    layers: dict[str, _Layer] = {}
+    for record in records:
+        for decision in record.decisions:
+            c = decision.convolution
+            layers.setdefault(c.layer, _Layer(c.spec.name, c.kinds, "graph", decision.settings, compiled.get(c.layer, ())))
+    left = []
     for name, module in model.named_modules():
         spec = spec_of_module(module)
-        if spec is not None and name not in rows:
+        if spec is not None and name not in layers:
             m: Any = module
-            kinds = conv_kinds(spec, tuple(m.weight.shape), m.groups)
+            kinds = sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
             reason = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
-            rows[name] = _skipped_row(name, reason, spec.name, sorted(kinds))
-
-    def graphs() -> dict[str, GraphModule]:
-        found: dict[str, GraphModule] = {}
-        for i, (_, record) in enumerate(records):
-            found |= {f"graph {i}/{stage}": graph for stage, graph in record.stages().items()}
-        return found
-
-    return Report(_user_class(model), "backend", records[0][0], tuple(rows.values()), measurement, graphs)
+            left.append(_left_row(name, reason, spec.name, kinds))
+    policy = _policy_of(model)
+    return _report(model, "backend", policy, layers, left, {}, measurement, True, lambda: _record_captures(records))
 
 
-def _graph_rows(record: Any) -> Iterator[Row]:
-    from .passes.find_convolutions import example_value
+def _policy_of(model: nn.Module) -> Policy:
+    from .backend import records_of
 
-    kept_of = record.kept_now()
+    return records_of(model)[-1][0]
+
+
+def _compiled_uses(records: Sequence[GraphRecord]) -> dict[str, tuple[_Use, ...]]:
+    """Layer → its calls in the graphs in use: where a frame was compiled again, the last that has a backward pass."""
+    newest: dict[tuple[str, str], GraphRecord] = {}
+    found = {id(record): _uses(record) for record in records}
+    for record in sorted(records, key=lambda r: r.dispatcher is not None):
+        newest.update({(record.frame, layer): record for layer in found[id(record)]})
+    trained = {layer for (_, layer), record in newest.items() if record.dispatcher is not None}
+    merged: dict[str, tuple[_Use, ...]] = {}
+    for record in records:
+        for layer, uses in found[id(record)].items():
+            if newest[record.frame, layer] is record and (record.dispatcher is not None or layer not in trained):
+                merged[layer] = (*merged.get(layer, ()), *uses)
+    return merged
+
+
+def _uses(record: GraphRecord) -> dict[str, list[_Use]]:
+    """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
+    from .ops import BACKWARD_SETTINGS_AT
+
+    found: dict[str, list[_Use]] = {}
+    dispatcher = record.dispatcher
+    if dispatcher is not None:
+        for node in reversed(dispatcher.settings):
+            call = _backward_call(node, node.args[4:10], node.args[10])
+            if call is not None:
+                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(_Use(call, dispatcher, node.name))
+    dense = _dense_calls(record)
     for decision in record.decisions:
         c = decision.convolution
-        values = [example_value(c.arguments.get(k)) for k in ("input", "weight")]
-        output = example_value(c.node)
-        if any(v is None for v in (*values, output)):
-            yield _row(c.layer, c.spec.name, c.kinds, "graph", decision.settings)
+        if dispatcher is not None and decision.sparse:
             continue
-        shapes = [tuple(int(s) for s in v.shape) for v in (*values, output)]
-        if len(shapes[0]) == c.spec.dim + 1:
-            shapes[0], shapes[2] = (1, *shapes[0]), (1, *shapes[2])
-        groups = int(c.arguments.get("groups", 1))
-        total = choices(shapes[2][1 if c.spec.dim else -1], groups)
-        positions = shapes[0] if c.spec.transposed else shapes[2]
-        dense = conv_backward_flops(positions, shapes[1], groups, c.spec.transposed)
-        kept = kept_of.get(c.layer, total) if decision.sparse else total
-        yield _row(
-            c.layer, c.spec.name, c.kinds, "graph", decision.settings, kept, total,
-            (shapes[0], shapes[1], shapes[2]), 1, dense,
-        )  # fmt: skip
+        call = _captured_call(c)
+        if call is not None:
+            match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
+            if match is not None:
+                call = Call(call.input, call.weight, call.output, call.args, dense.pop(match)[2], call.granule)
+            found.setdefault(c.layer, []).append(_Use(call))
+    return found
 
 
-def _merged(a: Row, b: Row) -> Row:
-    values = asdict(a)
-    for key in ("flops_dense", "flops_now"):
-        values[key] = (values[key] or 0) + (getattr(b, key) or 0)
-    return Row(**values | {"calls": a.calls + b.calls})
+def _backward_call(node: Node, args: Sequence[Any], mask: Any) -> Call | None:
+    grad, input, weight = (a.meta.get("val") if isinstance(a, Node) else None for a in node.args[:3])
+    if grad is None or input is None or weight is None:
+        return None
+    return Call.of(input, weight, grad, ConvArgs(*args), (bool(mask[0]), bool(mask[1])))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.layer,
-        row.kind,
-        row.rung,
-        f"{row.drop_rate:g}",
-        "?" if row.kept is None else f"{row.kept}/{row.total}",
-        "?" if row.output_shape is None else "×".join(map(str, row.output_shape)),
-        "?" if row.flops_dense is None else f"{row.flops_dense / 1e6:.1f}",
-        "?" if row.flops_now is None else f"{row.flops_now / 1e6:.1f}",
-        row.rule,
-        row.reason,
-    )
+def _dense_calls(record: GraphRecord) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, bool]]]:
+    """(input shape, weight shape, gradients computed) of the backward graph's dense convolutions, in forward order."""
+    found: list[Any] = []
+    if record.backward is not None:
+        target = torch.ops.aten.convolution_backward.default
+        for node in record.backward.graph.find_nodes(op="call_function", target=target):
+            stride, padding, dilation, transposed, output_padding, groups, mask = node.args[4:11]
+            args = (stride, padding, dilation, transposed, output_padding, groups)
+            call = _backward_call(node, args, mask)
+            if call is not None:
+                found.append((call.input, call.weight, call.needs))
+    return found[::-1]
 
 
-def _user_class(model: nn.Module) -> str:
-    from .naming import unwrap
+def _captured_call(convolution: Any) -> Call | None:
+    from .passes.find_convolutions import example_value
 
-    return type(unwrap(model)).__name__
+    values = [example_value(convolution.arguments.get(k)) for k in ("input", "weight")] + [example_value(convolution.node)]
+    if not all(isinstance(v, Tensor) for v in values):
+        return None
+    input, weight, output = ([as_number(s) for s in v.shape] for v in values)
+    spec = convolution.spec
+    if spec.dim and len(input) == spec.dim + 1:
+        input, output = [1, *input], [1, *output]
+    args = ConvArgs((), (), (), spec.transposed, (), as_number(convolution.arguments.get("groups", 1)))
+    granule = Call.of(values[0], values[1], values[2], args).granule
+    return Call(tuple(input), tuple(weight), tuple(output), args, None, granule)
+
+
+def _record_captures(records: Sequence[GraphRecord]) -> list[Capture]:
+    trained = any(record.backward is not None for record in records)
+    newest = {record.frame: record for record in records if record.backward is not None or not trained}
+    return [_record_capture(f"graph {i}", r, newest.get(r.frame) is r) for i, r in enumerate(records)]
+
+
+def _record_capture(title: str, record: GraphRecord, current: bool) -> Capture:
+    from .backend import _index as index
+    from .naming import plain_text
+    from .ops import SETTINGS_AT, conv
+
+    layers = {d.convolution.node.name: d.convolution.layer for d in record.decisions}
+    for node in record.captured.graph.find_nodes(op="call_function", target=conv):
+        layers[node.name] = str(node.args[SETTINGS_AT])
+
+    @functools.cache
+    def path(key: str, text: str) -> str:
+        module = index.find(key)
+        return index.name(module) if module is not None else plain_text(text)
+
+    def module_of(node: Node) -> str:
+        stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())
+        return next((path(key, str(entry[0])) for key, entry in stack), "")
+
+    return Capture(title, record.stages(), layers, module_of, current=current)
 
 
 __all__ = ["Report", "Row", "inspect"]

@@ -18,6 +18,7 @@ from ._compat import constant_when_traced, function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
 from .convolutions import ConvArgs, ConvSpec, output_channels, run
+from .cost import Call
 from .policy import Settings
 from .selection import AUTO, choices
 
@@ -29,7 +30,8 @@ class Site:
 
     Attributes:
         layer: the name users know, as in ``named_modules()``; ``owner#conv2d.0`` for a functional call.
-        shapes: (input, weight, output) of the first call that was seen, or None before.
+        call: the first call that was seen, one with a gradient if there was any; None before.
+        calls: every call from now on, if coverage's measurement has put a list here.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Site:
     ) -> None:
         self.layer, self.spec, self.kinds, self.rung = layer, spec, kinds, rung
         self.settings, self.allocation = settings, allocation
-        self.shapes: tuple[torch.Size, torch.Size, torch.Size] | None = None
-        self.args: ConvArgs | None = None
+        self.call: Call | None = None
+        self.calls: list[Call] | None = None
+        self.known = False  # nothing more is to be learned from a call
         self.round_to = AUTO if settings.round_to == "auto" else settings.round_to
 
     def operator_settings(self) -> tuple[str, float, str, int, str, str]:
@@ -72,7 +75,7 @@ def convolve(
         return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
     if factor * site.settings.drop_rate <= 0.0 or not _wants_gradient(input, weight, bias):
-        if site.shapes is None or function_modes():
+        if not site.known or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
         return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
     device_type = input.device.type
@@ -96,10 +99,11 @@ def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, o
         output = site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
     finally:
         _local.handled = previous
-    if site.shapes is None:
+    if not site.known:
         call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
         batched = output.unsqueeze(0) if call.unbatched else output
-        _remember(site, call.input, weight, batched, call.args)
+        needs = (input.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else None
+        _remember(site, call.input, weight, batched, call.args, needs)
         if site.round_to == AUTO and site.settings.drop_rate > 0:
             rate = site.settings.drop_rate
             ops.announce(site.layer, call.input, weight, batched, call.args, rate, site.allocation, provisional=True)
@@ -111,8 +115,15 @@ def handled() -> bool:
     return getattr(_local, "handled", False)
 
 
-def _remember(site: Site, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs) -> None:
-    site.shapes, site.args = (input.shape, weight.shape, output.shape), args
+def _remember(
+    site: Site, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, needs: tuple[bool, bool] | None
+) -> None:
+    call = Call.of(input, weight, output, args, needs)
+    if site.call is None or site.call.needs is None:
+        site.call = call
+    if site.calls is not None:
+        site.calls.append(call)
+    site.known = site.call.needs is not None and site.calls is None
 
 
 def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
@@ -135,9 +146,9 @@ def _forward(input, weight, bias, args, site, factor):
         output = run(input, weight, bias, args)
     finally:
         _local.handled = previous
-    if site.shapes is None:
-        _remember(site, input, weight, output, args)
-    if site.round_to == AUTO:
+    if not site.known:
+        _remember(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
+    if site.round_to == AUTO and site.allocation.wants(site.layer):
         ops.announce(site.layer, input, weight, output, args, site.settings.drop_rate, site.allocation)
     return output
 

@@ -36,6 +36,7 @@ class Transformation:
         self.allocation = Allocation(policy)
         self.sites: dict[str, Site] = {}
         self.skipped: dict[str, str] = {}
+        self.listening = False
 
     @property
     def policy(self) -> Policy:
@@ -44,7 +45,15 @@ class Transformation:
 
     def add(self, layer: str, spec: ConvSpec, kinds: frozenset[str], settings: Settings, rung: str) -> Site:
         site = self.sites[layer] = Site(layer, spec, kinds, settings, self.allocation, rung)
+        if self.listening:
+            site.calls = []
         return site
+
+    def listen(self, allocation: Allocation) -> None:
+        """Let the sites, those still to be met included, note their calls, and follow another allocation."""
+        self.allocation, self.listening = allocation, True
+        for site in self.sites.values():
+            site.allocation, site.calls, site.known = allocation, [], False
 
     def add_functional(self, layer: str, spec: ConvSpec, kinds: frozenset[str]) -> Site:
         """A functional call that a forward has just made for the first time."""

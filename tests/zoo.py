@@ -160,7 +160,7 @@ DEVELOPMENT = (
 )  # fmt: skip
 
 
-_FURTHER = (
+FURTHER = (
     # torchvision
     Model("vgg11_bn", "VGG", "torchvision", _torchvision("vgg11_bn"), _PICTURE),
     Model("mobilenet_v2", "MobileNet", "torchvision", _torchvision("mobilenet_v2"), _PICTURE),
@@ -174,8 +174,7 @@ _FURTHER = (
           _torchvision("lraspp_mobilenet_v3_large", weights_backbone=None), _PICTURE),
     Model("maskrcnn_resnet50_fpn", "R-CNN", "torchvision", _torchvision("maskrcnn_resnet50_fpn", **_DETECTION),
           lambda: (_detection()[0], [t | {"masks": torch.ones(2, 64, 64, dtype=torch.uint8)} for t in _detection()[1]])),
-    Model("raft_small", "RAFT", "torchvision", _torchvision("raft_small", num_flow_updates=2) if False else
-          _torchvision("raft_small"), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2)),
+    Model("raft_small", "RAFT", "torchvision", _torchvision("raft_small"), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2)),
     Model("r2plus1d_18", "video ResNet", "torchvision", _torchvision("r2plus1d_18"), _random(1, 3, 4, 32, 32)),
     # timm
     Model("nf_regnet_b0", "normaliser-free", "timm", _timm("nf_regnet_b0"), _PICTURE),
@@ -198,9 +197,9 @@ _FURTHER = (
         _random(1, 3, 5, 32, 32)),
     Model("AutoencoderOobleck", "audio autoencoder", "diffusers", _diffusers(
         "AutoencoderOobleck", encoder_hidden_size=8, downsampling_ratios=[2, 4], channel_multiples=[1, 2],
-        decoder_channels=8, decoder_input_channels=8, audio_channels=2), _random(1, 2, 256)),
+        decoder_channels=8, decoder_input_channels=4, audio_channels=2), _random(1, 2, 256)),
     Model("UNet1DModel", "diffusion U-Net", "diffusers", _diffusers(
-        "UNet1DModel", in_channels=2, out_channels=2, block_out_channels=(16, 32, 32), sample_size=64, extra_in_channels=16),
+        "UNet1DModel", in_channels=2, out_channels=2, block_out_channels=(16, 32, 32), sample_size=64, extra_in_channels=32),
         lambda: (torch.randn(2, 2, 64), torch.tensor([3, 7]))),
     Model("UNet3DConditionModel", "diffusion U-Net", "diffusers", _diffusers(
         "UNet3DConditionModel", sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
@@ -213,7 +212,8 @@ _FURTHER = (
     Model("DynUNet", "U-Net", "monai", _monai(
         "DynUNet", spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3, 3, 3], strides=[1, 2, 2],
         upsample_kernel_size=[2, 2], filters=[8, 16, 32], deep_supervision=True, deep_supr_num=1), _VOLUME),
-    Model("SwinUNETR", "Swin", "monai", _monai("SwinUNETR", in_channels=1, out_channels=2, feature_size=12), _VOLUME),
+    Model("HighResNet", "HighResNet", "monai", _monai("HighResNet", spatial_dims=3, in_channels=1, out_channels=2),
+          _random(1, 1, 16, 16, 16)),
     Model("EfficientNetBN", "EfficientNet", "monai", _monai(
         "EfficientNetBN", model_name="efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=3, num_classes=4), _PICTURE),
     Model("VQVAE", "autoencoder", "monai", _monai(
@@ -233,5 +233,141 @@ _FURTHER = (
           _spiking("parametric_lif_net:CIFAR10DVSNet", channels=8), _random(2, 2, 128, 128)),
 )  # fmt: skip
 
-FURTHER = _FURTHER
 MODELS = DEVELOPMENT + FURTHER
+
+
+def policy(rate: float = 0.8, end: float = 1.0, **contents: Any) -> Policy:
+    """Every layer at one drop rate, at a factor that stays as it is."""
+    return Policy(drop_rate=rate, schedule={"kind": "constant", "end": end}, **contents)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step gave: the floating-point outputs that carry a gradient, and gradients by name."""
+
+    outputs: list[Tensor]
+    grads: dict[str, Tensor]
+
+    def equals(self, other: Step) -> bool:
+        """Bit for bit."""
+        return self.outputs_equal(other) and self.grads.keys() == other.grads.keys() and not self.differing(other)
+
+    def outputs_equal(self, other: Step) -> bool:
+        """Whether the outputs are equal bit for bit."""
+        same = [torch.equal(a, b) for a, b in zip(self.outputs, other.outputs, strict=True)]
+        return bool(same) and all(same)
+
+    def differing(self, other: Step) -> list[str]:
+        """Names of the parameters whose gradients differ in a bit."""
+        return [n for n in self.grads if not torch.equal(self.grads[n], other.grads[n])]
+
+
+def run_step(model: nn.Module, arguments: tuple, seed: int = 0) -> Step:
+    """One training step from a fixed random state; buffers that it changes are put back, gradients left at None."""
+    kept = [(b, b.detach().clone()) for b in model.buffers()]
+    torch.manual_seed(seed)
+    model.zero_grad()
+    outputs = [t for t in tensors_of(model(*arguments)) if t.is_floating_point() and t.requires_grad]
+    torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)
+    return Step([t.detach().clone() for t in outputs], grads)
+
+
+def evaluate(model: nn.Module, arguments: tuple, seed: int = 0) -> list[Tensor]:
+    """Outputs in evaluation mode without gradients; the mode is put back."""
+    training = [m for m in model.modules() if m.training]
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad():
+            return tensors_of(model.eval()(*arguments))
+    finally:
+        for module in training:
+            module.training = True
+
+
+def pickles(model: nn.Module) -> bool:
+    """Whether a model can be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(model))
+    except Exception:  # a local function, a lock: whatever a model may hold
+        return False
+    return True
+
+
+def graphs_captured(model: Model, limit: float = 120.0) -> str:
+    """How many graphs Dynamo makes of the transformed model in a training step, or why it makes none."""
+    torch._dynamo.reset()
+    net = ssprop_fx.transform(model.build(), policy())
+    rule = net.__dict__["_ssprop"].policy
+    try:
+        run_step(torch.compile(net, backend="ssprop", options={"inner": "eager"}, dynamic=False), model.arguments())
+    except Exception as problem:
+        return f"none: {type(problem).__name__}"
+    from ssprop_fx.backend import state_of
+
+    return str(len(state_of(rule).records))
+
+
+_COLUMNS = ("model", "library", "family", "convolutions", "graph", "module", "call", "coverage", "Dynamo graphs", "transform, s")
+
+
+def table_row(model: Model, compiled: bool) -> tuple[str, ...]:
+    """The table's line for one model, measured."""
+    net, arguments = model.build(), model.arguments()
+    start = time.perf_counter()
+    transformed = ssprop_fx.transform(net, policy())
+    seconds = time.perf_counter() - start
+    report = ssprop_fx.inspect(transformed, arguments)
+    rungs = Counter(row.rung for row in report.rows)
+    graphs = graphs_captured(model) if compiled else ""
+    counts = (str(rungs[rung]) for rung in ("graph", "module", "call"))
+    coverage = f"{report.coverage:.0%} of {report.measurement.dense}"
+    return model.name, model.library, model.family, str(len(report.rows)), *counts, coverage, graphs, f"{seconds:.2f}"
+
+
+_INTRODUCTION = """# Models
+
+Written by `python tests/zoo.py docs/models.md`, on PyTorch {torch}: random weights, small inputs, one dense and one sparse training
+step of each model, counted with `ssprop_fx.inspect(model, inputs)`.
+
+- *convolutions*: layers, as in the report; a layer may run many times in a step.
+- *graph*, *module*, *call*: how many were rewritten on which rung (docs/design.md, section 4).
+- *coverage*: the share of the step's `aten.convolution_backward` calls that the policy reaches, of how many.
+- *Dynamo graphs*: graphs in a training step of the transformed model under `torch.compile(backend="ssprop")`; breaks are the
+  model's own.
+- *transform, s*: seconds that `transform` took.
+
+The first eight are the development suite. `pip install -e '.[families]'` installs the libraries, {versions} here. spikingjelly
+requires torchaudio, whose compiled part must fit the installed torch; where it does not, `import transformers` (and with it
+diffusers) fails: `pip uninstall torchaudio` then, nothing here needs it.
+
+"""
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="where the table goes, docs/models.md")
+    parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--no-compile", action="store_true", help="leave the graphs of Dynamo out")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = [_COLUMNS]
+    for model in MODELS:
+        if options.only is None or model.name in options.only:
+            rows.append(table_row(model, not options.no_compile))
+            print("  ".join(rows[-1]), flush=True)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(_COLUMNS))
+    libraries = dict.fromkeys(model.library for model in MODELS)
+    versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in libraries)
+    with open(options.file, "w", encoding="utf-8") as file:
+        file.write(_INTRODUCTION.format(torch=torch.__version__, versions=versions) + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What one call of a convolution costs in the backward pass: dense, and with some of its channels kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .convolutions import ConvArgs, conv_backward_flops, output_channels
+from .selection import Demand, choices, fast_granule
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a convolution, as a step makes it.
+
+    Attributes:
+        input: shape, (N, C, *spatial).
+        weight: shape, (K, C/g, *kernel), or (C, K/g, *kernel) when transposed.
+        output: shape, (N, K, *spatial).
+        args: geometry.
+        needs: whether the gradients of the input and of the weight are computed; None where no gradient was recorded.
+        granule: channel counts that are multiples of it run fast for the weight's type and device.
+    """
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    output: tuple[int, ...]
+    args: ConvArgs
+    needs: tuple[bool, bool] | None
+    granule: int
+
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, needs: tuple[bool, bool] | None = None) -> Call:
+        """The call of batched tensors, real or fake; symbolic sizes count as what they were when traced."""
+        return cls(_sizes(input), _sizes(weight), _sizes(output), args, needs, fast_granule(weight.dtype, weight.device))
+
+    @property
+    def channels(self) -> int:
+        """How many channels (whole groups, if depthwise) one choice is made from."""
+        return choices(output_channels(self.weight, self.args), int(self.args.groups))
+
+    def flops(self, keep: int | None = None, gradients: str = "all") -> int:
+        """FLOPs of the gradients that are computed, a multiply-add counted as two.
+
+        Args:
+            keep: channels kept of :attr:`channels`; None for the dense backward.
+            gradients: ``all``, or ``weight`` if the input's gradient stays dense.
+        """
+        input, weight = self.needs or (True, True)
+        one = self._gradient(1)
+        kept = one if keep is None else one * keep // self.channels
+        return input * (one if gradients == "weight" else kept) + weight * kept
+
+    def demand(self, layer: str, drop_rate: float) -> Demand:
+        """What the call asks of the rounding budget, as a forward pass announces it."""
+        return Demand(layer, self.channels, self._gradient(2), drop_rate, self.granule)
+
+    def _gradient(self, outputs: int) -> int:
+        positions = self.input if self.args.transposed else self.output
+        return conv_backward_flops(positions, self.weight, int(self.args.groups), self.args.transposed, outputs)
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(as_number(size) for size in tensor.shape)
+
+
+def as_number(size: Any) -> int:
+    """A size as a number: what a symbolic size was when the graph was traced."""
+    node = getattr(size, "node", None)
+    return int(node.hint) if node is not None else int(size)
+
+
+def total_flops(calls: Sequence[Call], keep: Sequence[int] | None = None, gradients: str = "all") -> int:
+    """FLOPs of a layer's calls of a step; ``keep`` has one entry per call."""
+    return sum(c.flops(None if keep is None else keep[i], gradients) for i, c in enumerate(calls))

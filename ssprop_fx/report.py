@@ -1,0 +1,356 @@
+"""The report: one row per convolution, totals, the schedule's other steps, and the graphs behind them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from math import lcm
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cost import Call, total_flops
+from .coverage import Measurement
+from .dataflow import Capture, operations, to_networkx
+from .errors import SSPropError, nearest
+from .policy import Policy
+
+if TYPE_CHECKING:
+    import networkx
+    from torch.fx import GraphModule
+
+# factor → layer → channels that each call keeps
+Plan = Callable[[float], Mapping[str, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One convolution of a model.
+
+    Attributes:
+        layer: name as in ``named_modules()``; ``owner#conv2d.0`` for a functional call.
+        kind: the convolution function.
+        kinds: everything a policy rule's ``kind`` can match.
+        rung: ``graph``, ``module`` or ``call`` (how it was rewritten), or ``-`` where it was not.
+        rule: the rule of the policy that decided, with its line where the policy came from a file.
+        drop_rate: the rule's drop rate; times the schedule's factor it is the rate in force.
+        criterion, gradients: as the rule has them.
+        kept, total: channels that the backward pass of the report's step uses, of how many; whole groups for a depthwise
+            convolution. Of the first call. None before shapes are known.
+        input_shape, weight_shape, output_shape: of the first call, (N, C, *spatial), as the function takes the weight,
+            (N, K, *spatial); None before the first step.
+        calls: calls in a step, where a captured graph or a measurement tells; else 1.
+        flops_dense, flops_now: of the backward pass of all calls (the gradients of input and weight, where they are
+            computed), a multiply-add counted as two.
+        reason: why it is dense, where it is; empty for a rewritten one.
+    """
+
+    layer: str
+    kind: str
+    kinds: tuple[str, ...]
+    rung: str
+    rule: str
+    drop_rate: float
+    criterion: str
+    gradients: str
+    kept: int | None
+    total: int | None
+    input_shape: tuple[int, ...] | None
+    weight_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+    calls: int
+    flops_dense: int | None
+    flops_now: int | None
+    reason: str
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether its backward pass follows the policy (which may say dense at this step)."""
+        return self.rung != "-"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to a model, layer by layer, at one step of the schedule. ``print`` it.
+
+    Attributes:
+        model: class name of the model.
+        front_end: ``transform`` or ``backend``.
+        policy: the policy in force.
+        step, factor: the step that ``kept`` and ``flops_now`` are of, and the schedule's factor there.
+        rows: one per convolution, in the model's order.
+        measurement: counted convolution backwards of one step, if example inputs were given.
+        calls: layer → its calls in a step, as far as they are known.
+    """
+
+    model: str
+    front_end: str
+    policy: Policy
+    step: int
+    factor: float
+    rows: tuple[Row, ...]
+    measurement: Measurement | None = None
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict, repr=False, compare=False)
+    quantized: bool = field(default=False, repr=False)
+    _plan: Plan = field(default=lambda factor: {}, repr=False, compare=False)
+    _captures: Callable[[], list[Capture]] = field(default=list, repr=False, compare=False)
+
+    # --- numbers
+
+    @property
+    def coverage(self) -> float:
+        """Share of the convolutions that are rewritten; of the counted backward calls where they were measured."""
+        if self.measurement is not None:
+            return self.measurement.coverage
+        return sum(r.rewritten for r in self.rows) / len(self.rows) if self.rows else 1.0
+
+    @property
+    def flops_dense(self) -> int:
+        """FLOPs of all dense convolution backward passes of a step, as far as shapes are known."""
+        return sum(r.flops_dense or 0 for r in self.rows)
+
+    @property
+    def flops_now(self) -> int:
+        """The same at the kept counts of :attr:`step`."""
+        return sum(r.flops_now or 0 for r in self.rows)
+
+    @cached_property
+    def flops_mean(self) -> float:
+        """The same, mean over the steps of :attr:`cycle`."""
+        factors = Counter(map(self.factor_at, self.cycle))
+        return sum(n * self._with(factor).flops_now for factor, n in factors.items()) / len(self.cycle)
+
+    @property
+    def step_flops(self) -> dict[str, float] | None:
+        """FLOPs of a whole step, forward and backward: ``dense``, ``now`` and ``mean``; None without a measurement."""
+        if self.measurement is None or not self.measurement.step_flops:
+            return None
+        rest = self.measurement.step_flops - self.flops_dense
+        return {"dense": rest + self.flops_dense, "now": rest + self.flops_now, "mean": rest + self.flops_mean}
+
+    @property
+    def cycle(self) -> range:
+        """The steps that a mean is taken over: all, if the schedule's ``total`` is known; else one period after warm-up."""
+        schedule = self.policy.schedule
+        if schedule.total is not None:
+            return range(min(schedule.total, 1 << 20))
+        period = 1 if schedule.kind == "constant" else schedule.period
+        return range(schedule.warmup, schedule.warmup + min(lcm(period, 2) if schedule.interleave else period, 1 << 20))
+
+    def factor_at(self, step: int) -> float:
+        """The schedule's factor at a step, as the front end uses it (rounded to ``levels`` where compiled)."""
+        schedule = self.policy.schedule
+        return schedule.quantized_factor(step) if self.quantized else schedule.factor(step)
+
+    def at(self, step: int) -> Report:
+        """The report of another step of the schedule, counted from 0.
+
+        Raises:
+            ValueError: ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0")
+        return replace(self._with(self.factor_at(step)), step=step)
+
+    def kept_at(self, factor: float) -> Mapping[str, Sequence[int]]:
+        """Layer → channels that each of its calls keeps at a factor, for the layers whose shapes are known."""
+        return self._plan(factor)
+
+    def _with(self, factor: float) -> Report:
+        kept = self.kept_at(factor)
+        rows = []
+        for row in self.rows:
+            counts, calls = kept.get(row.layer), self.calls.get(row.layer)
+            if counts and calls:
+                row = replace(row, kept=counts[0], flops_now=total_flops(calls, counts, row.gradients))
+            rows.append(row)
+        return replace(self, factor=factor, rows=tuple(rows))
+
+    def __getitem__(self, layer: str) -> Row:
+        for row in self.rows:
+            if row.layer == layer:
+                return row
+        near = nearest(layer, [row.layer for row in self.rows])
+        raise KeyError(f"{layer}; nearest: {near}" if near else layer)
+
+    # --- graphs
+
+    @cached_property
+    def captures(self) -> list[Capture]:
+        """The captured graphs with what is known of their nodes."""
+        return self._captures()
+
+    @property
+    def graphs(self) -> dict[str, GraphModule]:
+        """The captured graphs by name and stage, ``layer1/traced``, ``graph 0/captured``, ``…/rewritten``, ``…/phase …``."""
+        return {f"{c.title}/{stage}": graph for c in self.captures for stage, graph in c.stages.items()}
+
+    def graph(self, name: str) -> GraphModule:
+        """One of :attr:`graphs`.
+
+        Raises:
+            SSPropError: there is no such graph; names those that there are.
+        """
+        graphs = self.graphs
+        if name not in graphs:
+            raise SSPropError(f"the report has no graph {name!r}; it has {', '.join(map(repr, graphs)) or 'none'}")
+        return graphs[name]
+
+    def diff(self, before: str, after: str) -> str:
+        """Unified diff of the code generated from two of :attr:`graphs`; empty where they are the same.
+
+        Raises:
+            SSPropError: there is no such graph.
+        """
+        texts = [self.graph(name).code.strip().splitlines() for name in (before, after)]
+        return "\n".join(difflib.unified_diff(*texts, before, after, lineterm=""))
+
+    def print_readable(self, name: str | None = None) -> None:
+        """Print one of :attr:`graphs` as code with types and layers, or, without a name, each of them.
+
+        Raises:
+            SSPropError: there is no such graph.
+        """
+        for title, graph in self.graphs.items() if name is None else [(name, self.graph(name))]:
+            print(f"# {title}")
+            graph.print_readable()
+
+    def to_networkx(self, capture: str | None = None, parameters: bool = False) -> networkx.DiGraph:
+        """The dataflow, as captured before the passes: nodes are operations, edges are what data follow.
+
+        Every node has the attributes ``op`` (of ``torch.fx``), ``target`` (what is called), ``module`` (whose forward
+        calls it), ``shape`` (of its output, or None) and ``layer`` (or None). A convolution has those of :class:`Row`, too:
+        ``kind``, ``rung``, ``rule``, ``drop_rate``, ``kept``, ``total``, ``flops_dense``, ``flops_now`` and so on.
+        Nodes are named as in the graph; where there are several graphs, ``graph 0/conv2d``. Layers that are in no graph
+        are nodes without edges.
+
+        Args:
+            capture: the graph's name without stage, ``model`` or ``graph 0``; all without it.
+            parameters: whether parameters and buffers are nodes.
+
+        Raises:
+            SSPropError: there is no such graph.
+        """
+        chosen = [c for c in self.captures if capture in (None, c.title)]
+        if capture is not None and not chosen:
+            known = ", ".join(repr(c.title) for c in self.captures)
+            raise SSPropError(f"the report has no graph {capture!r}; it has {known or 'none'}")
+        rows = {row.layer: asdict(row) for row in self.rows}
+        return to_networkx({c.title: operations(c, parameters) for c in chosen}, rows, rest=capture is None)
+
+    # --- forms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        return {
+            "model": self.model,
+            "front_end": self.front_end,
+            "policy": self.policy.to_dict(),
+            "step": self.step,
+            "factor": self.factor,
+            "coverage": self.coverage,
+            "flops_dense": self.flops_dense,
+            "flops_now": self.flops_now,
+            "flops_mean": self.flops_mean,
+            "mean_over_steps": [self.cycle.start, self.cycle.stop],
+            "step_flops": self.step_flops,
+            "rows": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(row).items()} for row in self.rows],
+            "measurement": self.measurement.to_dict() if self.measurement else None,
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """The summary and the table, for a pull request or a log book."""
+        line = "| {} |".format
+        table = [line(" | ".join(cells)) for cells in (_HEADER, *map(_cells, self.rows))]
+        table.insert(1, line(" | ".join("---:" if c in _NUMBERS else "---" for c in _HEADER)))
+        return "\n".join([f"- {text}" for text in self.summary().splitlines()] + ["", *table]) + "\n"
+
+    def to_pandas(self) -> Any:
+        """The rows as a ``pandas.DataFrame``, indexed by layer.
+
+        Raises:
+            SSPropError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise SSPropError("report.to_pandas() needs pandas: pip install pandas; report.to_dict() does without") from None
+        names = list(Row.__dataclass_fields__)
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=names).set_index("layer")
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The page: the dataflow, code before and after, and the schedule, in one file that needs no network.
+
+        Args:
+            path: written there, too, in UTF-8.
+
+        Returns:
+            The page's text.
+        """
+        from .page import render
+
+        text = render(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def __str__(self) -> str:
+        table = [_HEADER, *map(_cells, self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(_HEADER))]
+        lines = [
+            "  ".join(
+                c.rjust(w) if name in _NUMBERS else c.ljust(w) for name, c, w in zip(_HEADER, line, widths, strict=True)
+            ).rstrip()
+            for line in table
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join([self.summary(), "", *lines])
+
+    def summary(self) -> str:
+        """Two to four lines: coverage, step, FLOPs."""
+        rewritten = sum(r.rewritten for r in self.rows)
+        lines = [
+            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} convolutions rewritten; "
+            f"step {self.step}, factor {self.factor:g}"
+        ]
+        if self.measurement is not None:
+            lines.append(str(self.measurement))
+        if not self.flops_dense:
+            return "\n".join([*lines, "FLOPs: unknown before the first training step"])
+        lines.append(f"backward convolution FLOPs of a step: {_saved(self.flops_dense, self.flops_now, self.flops_mean)}")
+        if self.step_flops:
+            lines.append(f"all FLOPs of a step: {_saved(**self.step_flops)}")
+        return "\n".join(lines)
+
+
+def _saved(dense: float, now: float, mean: float) -> str:
+    return f"{now:.4g} of {dense:.4g}, {1 - now / dense:.1%} saved at this step, {1 - mean / dense:.1%} over the schedule"
+
+
+_HEADER = ("layer", "kind", "rung", "rate", "kept", "output", "backward MFLOP", "now", "rule", "reason")
+_NUMBERS = frozenset(("rate", "kept", "backward MFLOP", "now"))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.layer,
+        row.kind,
+        row.rung,
+        f"{row.drop_rate:g}",
+        "?" if row.kept is None else f"{row.kept}/{row.total}",
+        "?" if row.output_shape is None else "×".join(map(str, row.output_shape)),
+        "?" if row.flops_dense is None else f"{row.flops_dense / 1e6:.1f}",
+        "?" if row.flops_now is None else f"{row.flops_now / 1e6:.1f}",
+        row.rule,
+        row.reason,
+    )
+
+
+__all__ = ["Plan", "Report", "Row"]
