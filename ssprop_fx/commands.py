@@ -210,7 +210,7 @@ def _comparison(result: demonstration.Result) -> Table:
     how = "torch.compile" if setting["compiled"] else "eager"
     title = (
         f"ResNet of {setting['parameters'] / 1e6:.1f} M parameters, {setting['steps']} steps of {setting['batch']} digits, "
-        f"seed {setting['seed']}\nPyTorch {setting['torch']}, {how}, {setting['threads']} threads"
+        f"seed {setting['seed']}\nPyTorch {setting['torch']}, {how}, threads: {setting['threads']}"
     )
     table = Table("", title=title, title_style="", title_justify="left")
     for name in ("dense", "policy", "difference"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -363,12 +363,18 @@ def _captured_call(convolution: Any) -> Call | None:
 
 
 def _record_captures(records: Sequence[GraphRecord]) -> list[Capture]:
+    """All of them; ``current`` are those that hold the newest graph of a layer with a backward pass, or of any other."""
+    captures = [_record_capture(f"graph {i}", record) for i, record in enumerate(records)]
     trained = any(record.backward is not None for record in records)
-    newest = {record.frame: record for record in records if record.backward is not None or not trained}
-    return [_record_capture(f"graph {i}", r, newest.get(r.frame) is r) for i, r in enumerate(records)]
+    newest: dict[tuple[str, str], Capture] = {}
+    for made, record in zip(captures, records, strict=True):
+        if record.backward is not None or not trained:
+            newest.update({(record.frame, layer): made for layer in made.layers.values() or ("",)})
+    current = {id(made) for made in newest.values()}
+    return [replace(made, current=id(made) in current) for made in captures]
 
 
-def _record_capture(title: str, record: GraphRecord, current: bool) -> Capture:
+def _record_capture(title: str, record: GraphRecord) -> Capture:
     from .backend import _index as index
     from .naming import plain_text
     from .ops import SETTINGS_AT, conv
@@ -386,7 +392,7 @@ def _record_capture(title: str, record: GraphRecord, current: bool) -> Capture:
         stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())
         return next((path(key, str(entry[0])) for key, entry in stack), "")
 
-    return Capture(title, record.stages(), layers, module_of, current=current)
+    return Capture(title, record.stages(), layers, module_of)
 
 
 __all__ = ["Report", "Row", "inspect"]

@@ -205,8 +205,8 @@ class Report:
         Raises:
             SSPropError: there is no such graph.
         """
-        texts = [self.graph(name).code.strip().splitlines() for name in (before, after)]
-        return "\n".join(difflib.unified_diff(*texts, before, after, lineterm=""))
+        old, new = (self.graph(name).code.strip().splitlines() for name in (before, after))
+        return "\n".join(difflib.unified_diff(old, new, before, after, lineterm=""))
 
     def print_readable(self, name: str | None = None) -> None:
         """Print one of :attr:`graphs` as code with types and layers, or, without a name, each of them.

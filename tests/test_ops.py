@@ -10,6 +10,8 @@ from ssprop_fx import ops
 from ssprop_fx.convolutions import CONVOLUTIONS, ConvArgs
 from ssprop_fx.errors import SSPropError
 
+ops.register_flop_formulas()
+
 # name: function, in, out, groups, spatial, options
 FORMS = {
     "1d": ("conv1d", 3, 8, 1, (7,), {"stride": 2}),

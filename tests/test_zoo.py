@@ -13,7 +13,8 @@ import ssprop_fx
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-_HEAVY = {"retinanet_resnet50_fpn"}  # compiles for more than ten seconds
+# Each compiles for ten seconds or more.
+_HEAVY = {"retinanet_resnet50_fpn", "UNet2DConditionModel", "tf_efficientnet_cc_b0_4e", "spiking_resnet18"}
 
 
 class Case:

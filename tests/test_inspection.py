@@ -1,0 +1,346 @@
+"""The report: rows, totals that equal PyTorch's own count, other steps, and the graphs."""
+
+import copy
+import json
+import sys
+
+import networkx
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssprop_fx
+from ssprop_fx import Policy, SSPropError
+from ssprop_fx.convolutions import conv_backward_flops
+from ssprop_fx.dataflow import operations
+
+BACKWARD = torch.ops.aten.convolution_backward
+
+
+def turns(rate=0.8, **contents):
+    """Dense at even steps, sparse at odd ones, stepped by hand."""
+    return Policy(drop_rate=rate, schedule={"kind": "bar", "period": 2}, **contents)
+
+
+def grouped_flops(grad, x, w, _b, _s, _p, _d, transposed, _o, groups, mask, out_shape=None, **_):
+    """PyTorch's own formula counts the weight gradient of a grouped convolution as if it were not grouped."""
+    return conv_backward_flops(x if transposed else grad, w, groups, transposed, sum(mask[:2]))
+
+
+def backward_flops(model, *inputs, formula=None):
+    """FLOPs of a step's convolution backward passes as ``FlopCounterMode`` counts them."""
+    with FlopCounterMode(display=False, custom_mapping={BACKWARD: formula} if formula else {}) as counter:
+        outputs = model(*inputs)
+        sum(o.square().mean() for o in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+    model.zero_grad()
+    return counter.get_flop_counts()["Global"][BACKWARD]
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    policy, x = turns(), torch.randn(2, 3, 64, 64)
+    model = ssprop_fx.transform(torchvision.models.resnet18(weights=None, num_classes=10), policy)
+    return model, policy, x, ssprop_fx.inspect(model, x)
+
+
+def test_rows_are_the_convolutions_in_order(resnet):
+    model, _, _, report = resnet
+    assert [row.layer for row in report.rows] == [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    row = report["layer1.0.conv2"]
+    assert (row.kind, row.rung, row.rule, row.drop_rate) == ("conv2d", "graph", "default", 0.8)
+    assert (row.input_shape, row.weight_shape, row.output_shape) == ((2, 64, 16, 16), (64, 64, 3, 3), (2, 64, 16, 16))
+    with pytest.raises(KeyError, match=r"nearest: layer1\.0\.conv2"):
+        report["layer1.0.convv2"]
+
+
+def test_totals_equal_the_flop_counter_dense_and_sparse(resnet):
+    model, policy, x, report = resnet
+    model = copy.deepcopy(model)
+    start = policy.state_dict()
+    for step in range(2):
+        counted = backward_flops(model, x)
+        assert report.at(step).flops_now == pytest.approx(counted, rel=1e-3)
+        assert ssprop_fx.inspect(model).flops_now == pytest.approx(counted, rel=1e-3)
+        policy.step()
+    policy.load_state_dict(start)
+    assert report.flops_dense == report.at(0).flops_now == report.measurement.conv_flops
+    assert report.at(1).flops_now < 0.25 * report.flops_dense
+
+
+def test_totals_of_grouped_convolutions_equal_the_flop_counter():
+    torch.manual_seed(0)
+    policy, x = turns(), torch.randn(2, 3, 64, 64)
+    model = ssprop_fx.transform(torchvision.models.resnext50_32x4d(weights=None, num_classes=10), policy)
+    report = ssprop_fx.inspect(model, x)
+    assert report.flops_now == pytest.approx(backward_flops(model, x, formula=grouped_flops), rel=1e-3)
+    policy.step()
+    assert report.at(1).flops_now == pytest.approx(backward_flops(model, x, formula=grouped_flops), rel=1e-3)
+
+
+def test_whole_step_equals_the_flop_counter(resnet):
+    model, policy, x, report = resnet
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model)(x).square().mean().backward()
+    assert report.step_flops["dense"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert report.step_flops["dense"] - report.step_flops["mean"] == pytest.approx(report.flops_dense - report.flops_mean)
+
+
+class Mixed(nn.Module):
+    """A module called twice at two sizes, one under a checkpoint, a functional call, and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.again = nn.Conv2d(16, 32, 1)
+        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
+        self.frozen = nn.Conv2d(3, 16, 3, padding=1).requires_grad_(False)
+        self.weight = nn.Parameter(torch.randn(32, 16, 3, 3) / 12)
+
+    def forward(self, x):
+        y = self.shared(self.stem(x)) + self.frozen(x)
+        y = self.shared(F.avg_pool2d(y, 2))
+        y = self.up(checkpoint(self.again, y, use_reentrant=False))
+        return F.conv2d(y, self.weight)
+
+
+def test_every_call_counts_for_what_it_is():
+    torch.manual_seed(0)
+    policy, x = turns(0.5, round_to=1), torch.randn(2, 3, 16, 16)
+    model = ssprop_fx.transform(Mixed(), policy)
+    report = ssprop_fx.inspect(model, x)
+    assert report.flops_dense == report.measurement.conv_flops == backward_flops(model, x)
+    assert report["shared"].calls == 2
+    assert [c.input[2] for c in report.calls["shared"]] == [16, 8]
+    assert report["#conv2d.0"].rung == "call"
+    assert report["frozen"].reason == "no gradient is computed"
+    assert report.coverage == 1.0
+    policy.step()
+    assert report.at(1).flops_now == pytest.approx(backward_flops(model, x), rel=1e-3)
+
+
+def test_at_another_step_gives_what_training_keeps(resnet):
+    model, policy, x, report = resnet
+    model = copy.deepcopy(model)
+    assert (report.step, report.factor) == (0, 0.0)
+    sparse = report.at(1)
+    assert (sparse.step, sparse.factor) == (1, 1.0)
+    start = policy.state_dict()
+    policy.step()
+    model(x).square().mean().backward()
+    kept = {n: int((p.grad.flatten(1).abs().sum(1) > 0).sum()) for n, p in model.named_parameters() if p.dim() == 4}
+    policy.load_state_dict(start)
+    assert {f"{row.layer}.weight": row.kept for row in sparse.rows} == kept
+    assert all(row.kept == row.total for row in report.rows)
+    with pytest.raises(ValueError, match="count from 0"):
+        report.at(-1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cycle", "share"),
+    [
+        ({"kind": "bar", "period": 2}, range(2), 0.5),
+        ({"kind": "bar", "period": 4, "warmup": 3}, range(3, 7), 0.5),
+        ({"kind": "constant"}, range(1), 1.0),
+        ({"kind": "constant", "interleave": True}, range(2), 0.5),
+        ({"kind": "bar", "period": 2, "warmup": 4, "cooldown": 2, "total": 10}, range(10), 0.2),
+    ],
+)
+def test_mean_is_over_the_schedule(schedule, cycle, share):
+    model = ssprop_fx.transform(nn.Conv2d(4, 8, 3), Policy(drop_rate=0.5, round_to=1, schedule=schedule))
+    report = ssprop_fx.inspect(model, torch.randn(1, 4, 8, 8))
+    assert report.cycle == cycle
+    assert report.flops_mean == pytest.approx(report.flops_dense * (1 - 0.5 * share))
+
+
+def test_weight_only_gradients_cost_half_of_the_savings():
+    policy = Policy(drop_rate=0.5, round_to=1, gradients="weight", schedule={"kind": "constant"})
+    model = ssprop_fx.transform(nn.Conv2d(4, 8, 3), policy)
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    report = ssprop_fx.inspect(model, x)
+    assert report.flops_now == 0.75 * report.flops_dense == backward_flops(model, x)
+
+
+# --- forms
+
+
+def test_json_round_trip(resnet):
+    report = resnet[3]
+    assert json.loads(report.to_json()) == report.to_dict()
+    assert report.to_dict()["rows"][0]["input_shape"] == [2, 3, 64, 64]
+    assert Policy.from_dict(report.to_dict()["policy"]).digest == report.policy.digest
+
+
+def test_markdown_is_a_table_with_a_line_for_each_row(resnet):
+    report = resnet[3]
+    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(report.rows)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| layer1.0.conv2 | conv2d | graph | 0.8 | 64/64 |" in report.to_markdown()
+
+
+def test_text_says_what_is_saved(resnet):
+    text = str(resnet[3].at(1))
+    assert "20 of 20 convolutions rewritten; step 1, factor 1" in text
+    assert "saved at this step" in text
+    assert "over the schedule" in text
+
+
+def test_pandas(resnet, monkeypatch):
+    report = resnet[3]
+    pandas = pytest.importorskip("pandas")
+    frame = report.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.loc["conv1", "flops_dense"] == report["conv1"].flops_dense
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(SSPropError, match="pip install pandas"):
+        report.to_pandas()
+
+
+# --- graphs
+
+
+def test_diff_shows_the_rewrite(resnet):
+    report = resnet[3]
+    diff = report.diff("model/traced", "model/rewritten")
+    assert "-    conv1 = self.conv1(x);  x = None" in diff
+    assert "'layer4.1.conv2', 0.8, 'l1'" in diff
+    assert report.diff("model/traced", "model/traced") == ""
+    with pytest.raises(SSPropError, match="it has 'model/traced', 'model/rewritten'"):
+        report.diff("model/traced", "nothing")
+
+
+def test_print_readable_prints_the_code(resnet, capsys):
+    resnet[3].print_readable("model/traced")
+    assert "layer1_0_conv1 = " in capsys.readouterr().out
+
+
+def test_networkx_finds_the_residual_blocks(resnet):
+    report = resnet[3].at(1)
+    graph = report.to_networkx()
+    assert networkx.is_directed_acyclic_graph(graph)
+    (source,) = [n for n in graph if graph.in_degree(n) == 0]
+    before = networkx.immediate_dominators(graph, source)
+    blocks = {}
+    for node in graph:
+        if graph.in_degree(node) == 2:  # a sum; its block begins at the operation that every path to it passes
+            paths = networkx.all_simple_paths(graph, before[node], node)
+            blocks[graph.nodes[node]["module"]] = sorted(
+                {graph.nodes[n]["layer"] for path in paths for n in path if graph.nodes[n].get("layer")}
+            )
+    assert len(blocks) == 8
+    assert blocks["layer1.0"] == ["layer1.0.conv1", "layer1.0.conv2"]
+    assert blocks["layer2.0"] == ["layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0"]
+    convolution = graph.nodes["layer2_0_conv1"]
+    assert (convolution["kind"], convolution["kept"], convolution["rung"]) == ("conv2d", 32, "graph")
+    assert convolution["shape"] == (2, 128, 8, 8)
+    assert sum(d.get("flops_now", 0) for _, d in graph.nodes(data=True)) == report.flops_now
+    with pytest.raises(SSPropError, match="it has 'model'"):
+        report.to_networkx("graph 7")
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        if x.mean() > 1e9:
+            return x
+        return self.second(self.first(x))
+
+
+def test_untraceable_model_has_rows_and_nodes_without_edges():
+    report = ssprop_fx.inspect(ssprop_fx.transform(Untraceable(), turns()), torch.randn(1, 3, 8, 8))
+    assert report.graphs == {}
+    assert [row.rung for row in report.rows] == ["module", "module"]
+    graph = report.to_networkx()
+    assert list(graph) == ["first", "second"]
+    assert graph.number_of_edges() == 0
+
+
+# --- compiled
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+        self.point = nn.Conv2d(64, 64, 1)
+
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        return x + self.point(x)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    policy, x = turns(rules=[{"layers": "stem", "drop_rate": 0}]), torch.randn(2, 3, 16, 16)
+    model = torch.compile(Small(), backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    totals = []
+    for _ in range(2):
+        model(x).square().mean().backward()
+        with FlopCounterMode(display=False) as counter:
+            model(x).square().mean().backward()
+        totals.append(counter.get_total_flops())
+        policy.step()
+    with torch.no_grad():
+        model.eval()(x)
+    return model, totals, ssprop_fx.inspect(model.train())
+
+
+def test_compiled_totals_equal_the_flop_counter(compiled):
+    _, (dense, sparse), report = compiled
+    assert report.flops_dense == backward_flops(Small(), torch.randn(2, 3, 16, 16))
+    assert report.at(0).flops_now == report.flops_dense
+    assert report.at(0).flops_now - report.at(1).flops_now == pytest.approx(dense - sparse, rel=1e-3)
+
+
+def test_compiled_graphs_of_evaluation_count_for_nothing(compiled):
+    report = compiled[2]
+    assert [row.calls for row in report.rows] == [1, 1, 1]
+    assert [c.current for c in report.captures] == [True, False]
+    assert report["stem"].reason == "drop rate 0"
+    assert report["stem"].kept == 32
+
+
+def test_compiled_stages_hold_the_lowered_backward_of_each_phase(compiled):
+    report = compiled[2]
+    stages = [name.removeprefix("graph 0/") for name in report.graphs if name.startswith("graph 0/")]
+    assert stages == ["captured", "rewritten", "forward", "backward", "backward, factor 0", "backward, factor 1"]
+    found = {o.layer: o for o in operations(report.captures[0]) if o.layer}
+    assert found["body.0"].module == "body.0"
+    assert "ssprop.conv.default" in found["body.0"].rewritten
+    assert "topk" in found["body.0"].lowered["backward, factor 1"]
+    assert "topk" not in found["body.0"].lowered["backward, factor 0"]
+    assert found["stem"].rewritten is None
+
+
+def test_compiled_dataflow_has_no_parameters(compiled):
+    graph = compiled[2].to_networkx("graph 0")
+    assert [n for n in graph if graph.in_degree(n) == 0] == ["l_x_"]
+    assert sum(graph.in_degree(n) == 2 for n in graph) == 1
+    assert compiled[2].to_networkx("graph 0", parameters=True).number_of_nodes() > graph.number_of_nodes()
+
+
+def test_transformed_and_compiled_reports_its_graphs():
+    policy, x = turns(), torch.randn(2, 3, 16, 16)
+    model = torch.compile(ssprop_fx.transform(Small(), policy), backend="ssprop", options={"inner": "aot_eager"})
+    model(x).square().mean().backward()
+    report = ssprop_fx.inspect(model)
+    assert "graph 0/backward" in report.graphs
+    assert report.flops_dense == backward_flops(Small(), x)
+    assert report.at(1)["body.0"].kept < 64
+
+
+def test_a_model_that_was_not_rewritten_is_refused():
+    with pytest.raises(SSPropError, match="has not been rewritten"):
+        ssprop_fx.inspect(nn.Conv2d(3, 4, 3))
