@@ -48,9 +48,10 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     if example_inputs is not None:
         measurement = measure(model, example_inputs)
     user_model = unwrap(model)
-    records = _records(user_model) if is_compiled(model) or record is None else []
     if record is not None:
+        records = _records_of_transformed(record) if is_compiled(model) else []
         return _of_transformed(user_model, record, measurement, records, example_inputs)
+    records = _records(user_model)
     if records:
         return _of_compiled(user_model, records, measurement)
     if is_compiled(model):
@@ -259,6 +260,19 @@ def _records(model: nn.Module) -> list[GraphRecord]:
     from .backend import records_of
 
     return [record for _, record in records_of(model)]
+
+
+def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]:
+    """The graphs that name the model's allocation."""
+    from .backend import state_of
+    from .ops import conv
+
+    handle = transformation.allocation.handle
+    return [
+        record
+        for record in state_of(transformation.policy).records
+        if any(n.args[-1] == handle for n in record.captured.graph.find_nodes(op="call_function", target=conv))
+    ]
 
 
 def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Measurement | None) -> Report:

@@ -180,13 +180,8 @@ def cases(draw: Any, modules: bool = False) -> Case:
     output_padding, mode = (0,) * dim, "zeros"
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if spec.transposed:
-        output_padding = tuple(
-            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
-        )
-        least = [
-            max(1, 1 - (r + o - 2 * p) // s)
-            for r, o, p, s in zip(reach, output_padding, padding, stride, strict=True)
-        ]
+        output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        least = [max(1, 1 - (r + o - 2 * p) // s) for r, o, p, s in zip(reach, output_padding, padding, stride, strict=True)]
     else:
         special = draw(st.sampled_from((None, None, None, "same", "valid")))
         if special == "same":
@@ -271,9 +266,7 @@ def check_gradients(
     if not any(wanted):
         return
     if keep == case.channels:
-        dense = torch.autograd.grad(
-            forward(*tensors), [t for t in tensors if t is not None and t.requires_grad], grad
-        )
+        dense = torch.autograd.grad(forward(*tensors), [t for t in tensors if t is not None and t.requires_grad], grad)
         for expected, actual in zip(dense, (g for g in got if g is not None), strict=True):
             assert torch.equal(actual, expected), "a dense backward pass is not bit-equal"
         return

@@ -64,9 +64,7 @@ class Runs:
         self.initial = copy.deepcopy(dict(self.model.named_buffers()))
 
     def policy(self, **contents):
-        return ssprop_fx.Policy(
-            **{"drop_rate": RATE, "round_to": 1, "schedule": {"kind": "bar", "period": 2}} | contents
-        )
+        return ssprop_fx.Policy(**{"drop_rate": RATE, "round_to": 1, "schedule": {"kind": "bar", "period": 2}} | contents)
 
     def step(self, model, train=True):
         """Outputs and gradients by name."""

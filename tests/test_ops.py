@@ -278,9 +278,7 @@ def model_and_policy(rate=0.5, criterion="l1"):
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 6, 3), torch.nn.Flatten()
     ).double()
-    policy = ssprop_fx.Policy(
-        drop_rate=rate, criterion=criterion, round_to=1, schedule={"kind": "constant"}
-    )
+    policy = ssprop_fx.Policy(drop_rate=rate, criterion=criterion, round_to=1, schedule={"kind": "constant"})
     return ssprop_fx.transform(model, policy)
 
 

@@ -25,9 +25,7 @@ def constant_policy(case: Case, **changes) -> ssprop_fx.Policy:
 
 def prepared(case: Case, module, input):
     options = {"output_padding": case.output_padding} if case.spec.transposed else {}
-    return case.spec.prepare(
-        input, module.weight, case.stride, case.padding, case.dilation, case.groups, **options
-    )
+    return case.spec.prepare(input, module.weight, case.stride, case.padding, case.dilation, case.groups, **options)
 
 
 def operator_settings(case: Case) -> tuple:
@@ -56,9 +54,7 @@ def check_backward(case: Case, compiling: bool) -> None:
     mask = [t is not None and t.requires_grad for t in tensors]
     with torch.no_grad():
         y = output if case.criterion == "taylor" else None
-        got = sparse_backward(
-            grad, input, module.weight, y, call.args, mask, keep, case.criterion, case.gradients, compiling
-        )
+        got = sparse_backward(grad, input, module.weight, y, call.args, mask, keep, case.criterion, case.gradients, compiling)
     check_gradients(case, forward, tensors, output, grad, got, keep)
 
 
@@ -148,9 +144,7 @@ def test_non_finite_gradient_reaches_every_gradient(way, form, criterion, value)
     spec = CONVOLUTIONS[FORMS[form][0]]
     call = spec.prepare(input, module.weight, 1, 1, 1, module.groups)
     if way == "transform":
-        policy = ssprop_fx.Policy(
-            drop_rate=0.8, criterion=criterion, round_to=1, schedule={"kind": "constant"}
-        )
+        policy = ssprop_fx.Policy(drop_rate=0.8, criterion=criterion, round_to=1, schedule={"kind": "constant"})
         output = ssprop_fx.transform(module, policy)(input)
         got = torch.autograd.grad(output, tensors, poisoned(output, value))
     elif way == "operator":

@@ -6,15 +6,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch._dynamo.testing import EagerAndRecordGraphs
-from torch.fx import symbolic_trace
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.shape_prop import ShapeProp
-
-from ssprop_fx import ops
-from ssprop_fx.convolutions import CONVOLUTIONS
-from ssprop_fx.errors import PolicyError, TransformError
 from ssprop_fx.passes import (
     Decision,
     LowerBackward,
@@ -25,6 +16,15 @@ from ssprop_fx.passes import (
     verify,
 )
 from ssprop_fx.passes.find_convolutions import example_value
+from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import ShapeProp
+
+from ssprop_fx import ops
+from ssprop_fx.convolutions import CONVOLUTIONS
+from ssprop_fx.errors import PolicyError, TransformError
 from ssprop_fx.policy import Policy, Settings
 
 SPARSE = Settings(drop_rate=0.5, criterion="l1", round_to=1, gradients="all", rule="default")
@@ -127,9 +127,7 @@ def test_find_sees_functional_calls_however_the_arguments_are_given(name):
 
 
 def test_find_sees_convolution_modules_and_their_kinds():
-    model = nn.Sequential(
-        nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2)
-    )
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2))
     found = find_convolutions(symbolic_trace(model))
     assert [c.layer for c in found] == ["0", "2", "3"]
     assert [c.kinds for c in found] == [

@@ -29,9 +29,7 @@ def test_round_to_one_is_the_papers_floor_for_every_decimal_rate(thousandths, ch
     assert keep_count(thousandths / 1000, channels, 1) == max(1, math.floor(exact))
 
 
-@pytest.mark.parametrize(
-    ("rate", "channels", "kept"), [(0.8, 10, 2), (0.9, 10, 1), (0.7, 10, 3), (0.8, 5, 1), (0.95, 10, 1)]
-)
+@pytest.mark.parametrize(("rate", "channels", "kept"), [(0.8, 10, 2), (0.9, 10, 1), (0.7, 10, 3), (0.8, 5, 1), (0.95, 10, 1)])
 def test_floating_point_does_not_lose_a_channel(rate, channels, kept):
     assert keep_count(rate, channels) == kept
 
@@ -91,8 +89,7 @@ def share(demands, counts):
 @given(rate=st.integers(1, 95), granule=st.sampled_from((8, 16, 32)))
 def test_auto_spends_what_was_asked_within_two_percent(network, rate, granule):
     demands = [
-        Demand(str(i), channels, int(flops * 1e6), rate / 100, granule)
-        for i, (channels, flops) in enumerate(NETWORKS[network])
+        Demand(str(i), channels, int(flops * 1e6), rate / 100, granule) for i, (channels, flops) in enumerate(NETWORKS[network])
     ]
     counts = plan_counts(demands)
     assert all(1 <= counts[d.layer] <= d.channels for d in demands)

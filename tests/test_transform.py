@@ -705,9 +705,7 @@ def test_to_changes_type_and_layout():
 def test_ema_copy_averages_and_evaluates():
     chosen = policy()
     model = transform(ready(small()), chosen)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     before = [p.detach().clone() for p in model.parameters()]
     averaged.update_parameters(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -6,7 +6,6 @@ At most three belong to a model family. ``python tests/zoo.py docs/models.md`` w
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import importlib
 import pickle
@@ -312,7 +311,18 @@ def graphs_captured(model: Model, limit: float = 120.0) -> str:
     return str(len(state_of(rule).records))
 
 
-_COLUMNS = ("model", "library", "family", "convolutions", "graph", "module", "call", "coverage", "Dynamo graphs", "transform, s")
+_COLUMNS = (
+    "model",
+    "library",
+    "family",
+    "convolutions",
+    "graph",
+    "module",
+    "call",
+    "coverage",
+    "Dynamo graphs",
+    "transform, s",
+)
 
 
 def table_row(model: Model, compiled: bool) -> tuple[str, ...]:

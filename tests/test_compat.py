@@ -1,0 +1,87 @@
+"""A canary for each private name in ``ssprop_fx/_compat.py``: what fails here says what PyTorch has changed."""
+
+import torch
+from torch import nn
+
+from ssprop_fx import _compat
+
+
+def test_function_modes_are_counted():
+    class Mode(torch.overrides.TorchFunctionMode):
+        pass
+
+    before = _compat.function_modes()
+    with Mode():
+        assert _compat.function_modes() == before + 1
+
+
+def test_functorch_is_seen_inside_its_transforms_only():
+    seen = []
+    torch.func.grad(lambda x: (seen.append(_compat.functorch_active()), x.sum())[1])(torch.ones(2))
+    assert seen == [True]
+    assert not _compat.functorch_active()
+
+
+def test_compiled_modules_are_recognised():
+    plain = nn.Linear(2, 2)
+    assert not _compat.is_compiled(plain)
+    assert _compat.is_optimized_module(torch.compile(plain, backend="eager"))
+    assert _compat.is_compiled(nn.Sequential(torch.compile(plain, backend="eager")))
+    in_place = nn.Linear(2, 2)
+    in_place.compile(backend="eager")
+    assert _compat.is_compiled(in_place)
+
+
+def test_a_marked_function_is_a_constant_when_traced():
+    calls = []
+
+    @_compat.constant_when_traced
+    def settings():
+        calls.append(1)
+        return ("layer", 0.5)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def run(x):
+        return x * settings()[1]
+
+    assert torch.equal(run(torch.ones(2)), torch.full((2,), 0.5))
+    assert torch.equal(run(torch.ones(2)), torch.full((2,), 0.5))
+    assert len(calls) == 1
+
+
+def test_boxed_calls_take_one_list():
+    assert _compat.make_boxed(lambda a, b: a + b)([1, 2]) == 3
+
+
+def test_the_autograd_cache_is_off_inside():
+    import torch._functorch.config as config
+
+    with _compat.autograd_cache_off():
+        assert not config.enable_autograd_cache
+
+
+def test_inductor_lists_its_decompositions():
+    assert torch.ops.aten.native_batch_norm_backward.default in _compat.inductor_decompositions()
+
+
+def test_the_frame_that_is_compiled_has_a_number():
+    frames = []
+
+    def backend(graph_module, inputs):
+        frames.append(_compat.current_frame())
+        return graph_module.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    assert len(frames) == 1
+    assert frames[0]
+    assert _compat.current_frame() == ""
+
+
+def test_a_fake_mode_is_found_among_inputs():
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(torch.ones(2))
+    assert _compat.fake_mode_of([fake]) is mode
+    with _compat.lowering_context(mode):
+        assert torch._guards.TracingContext.get().fake_mode is mode
