@@ -59,9 +59,9 @@ def sparse_backward(
         The gradients of input, weight and bias, None where not asked for.
     """
     if weight.dim() == 2 and grad.dim() != 2:
-        rows, values = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-        outputs = None if output is None else output.reshape(-1, output.shape[-1])
-        grads = sparse_backward(rows, values, weight, outputs, args, mask, keep, criterion, gradients, compiling)
+        flat_grad, flat_input = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+        flat_output = None if output is None else output.reshape(-1, output.shape[-1])
+        grads = sparse_backward(flat_grad, flat_input, weight, flat_output, args, mask, keep, criterion, gradients, compiling)
         return grads[0] if grads[0] is None else grads[0].reshape(input.shape), grads[1], grads[2]
     channels, groups = grad.shape[1], args.groups
     if keep >= choices(channels, groups):

@@ -150,7 +150,6 @@ def test_an_allocation_that_is_gone_is_named():
 @pytest.mark.parametrize("form", ["1d", "2d", "grouped", "depthwise", "transposed 2d"])
 def test_autocast_casts_as_for_a_convolution(form):
     given, args = tensors(form)
-    name, _, _, groups, _, _ = FORMS[form]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = ops.conv(*given, *args, *settings(rate=0.0))
         expected = torch.convolution(*(t.bfloat16() for t in given), *args)
