@@ -162,7 +162,8 @@ def policy_init(
 
 @app.command(
     epilog="Examples:\n\n  ssprop-fx inspect torchvision:resnet18 --input 2x3x64x64\n\n"
-    "  ssprop-fx inspect net.py:build -p policy.yaml -i 4x1x28x28 --step 1"
+    "  ssprop-fx inspect net.py:build -p policy.yaml -i 4x1x28x28 --step 1\n\n"
+    "  ssprop-fx inspect timm:resnet50 -i 2x3x224x224 --html report.html"
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=FORMS + ".")],
@@ -172,6 +173,10 @@ def inspect(
     ],
     policy: PolicyOption = None,
     step: Annotated[int, typer.Option(min=0, help="Step of the schedule that the table shows.")] = 0,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the page there, too: dataflow, code and schedule in one file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what the policy does to each convolution of a model, and measure that none is missed.
@@ -194,6 +199,11 @@ def inspect(
     except Exception as problem:  # the model's own code may raise anything
         raise SSPropError(f"{model} does not run on {', '.join(shapes)}: {_first_line(problem)}") from problem
     report = ssprop_fx.inspect(transformed, inputs)
+    if html is not None:
+        try:
+            report.to_html(html)
+        except OSError as problem:
+            raise SSPropError(f"{html} cannot be written: {problem.strerror}") from None
     print(report.to_json() if as_json else report)
 
 
