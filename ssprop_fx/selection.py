@@ -141,6 +141,8 @@ def plan_counts(demands: Sequence[Demand], tolerance: float = 0.02) -> dict[str,
             exact = min(max(round(wanted[d.layer]), 1), d.channels)
             off += error(d.layer, exact) - error(d.layer, count[d.layer])
             count[d.layer] = exact
+            options[d.layer] = [c for c in (int(wanted[d.layer]), int(wanted[d.layer]) + 1) if 1 <= c <= d.channels]
+        _improve(off, options, count, error, tolerance * asked)  # many layers of few channels, all rounded one way
     return count
 
 
