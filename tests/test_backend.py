@@ -214,7 +214,8 @@ _CACHE_SCRIPT = textwrap.dedent(
         expected = gradients(ssprop_fx.transform(model, Policy(**constant)), IMAGES)
         run = torch.compile(model, backend="ssprop", options={"policy": Policy(**constant)})
     got = gradients(run, IMAGES)
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected))
+    largest = max(float(b.abs().max()) for b in expected)  # a bias before a batch norm has a gradient of pure rounding
+    error = max(float((a - b).abs().max()) for a, b in zip(got, expected)) / largest
     hits = counters["inductor"]["fxgraph_cache_hit"]
     kept = int((got[0].flatten(1).abs().sum(1) > 0).sum())
     print(json.dumps({"error": error, "kept": kept, "hits": hits}))
