@@ -198,9 +198,7 @@ def test_two_policies_compile_one_model_apart():
     model, x = model_and_input("2d")
     first, second = policy(), policy(drop_rate=0.75)
     torch._dynamo.reset()
-    runs = [
-        torch.compile(model, backend="ssprop", options={"policy": p, "inner": "aot_eager"}) for p in (first, second)
-    ]
+    runs = [torch.compile(model, backend="ssprop", options={"policy": p, "inner": "aot_eager"}) for p in (first, second)]
     for _ in range(2):
         assert [(gradients(run, x)[3] == 0).sum().item() for run in runs] == [4, 6]
 
