@@ -216,7 +216,9 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     """
     ops.register_flop_formulas()
     names = GraphNames(_index)
-    convolutions = find_convolutions(graph_module, names, linear=True)
+    # a checkpointed block or a compiled region is a graph inside the graph
+    graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
+    convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
         raise SSPropError(
@@ -225,13 +227,17 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         )
     policy = transformed or policy or default_policy()
     state = state_of(policy)
-    captured, already = _copy(graph_module), rewritten_layers(graph_module)
-    decisions = []
+    captured = _copy(graph_module)
     if transformed is None:
         _check_rules(names.roots.values(), policy, state)
-        decisions = [d for d in assign_policy(convolutions, policy) if d.sparse or d.convolution.spec is not LINEAR]
-    Sparsify(decisions, state.allocation.handle)(graph_module)
-    verify(graph_module, decisions, already)
+    decisions: list[Decision] = []
+    for graph, found in zip(graphs, convolutions, strict=True):
+        assigned = assign_policy(found, policy) if transformed is None else []
+        chosen = [d for d in assigned if d.sparse or d.convolution.spec is not LINEAR]
+        already = rewritten_layers(graph)
+        Sparsify(chosen, state.allocation.handle)(graph)
+        verify(graph, chosen, already)
+        decisions += chosen
     record = GraphRecord(captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()])
     record.frame = current_frame()
     state.records.append(record)
@@ -352,7 +358,8 @@ def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy 
         record = transformation_of(root)
         if record is not None:
             return record.policy
-    for node in graph_module.graph.nodes:
+    nodes = [n for m in graph_module.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
+    for node in nodes:
         if node.op == "call_function" and node.target is ops.conv:
             return allocation_for(node.args[-1]).policy
     return None
