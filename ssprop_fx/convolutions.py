@@ -55,6 +55,9 @@ class ConvSpec:
     function: Callable[..., Tensor]
     module: type[nn.Module]
 
+    def __reduce__(self) -> tuple[Callable[[str], ConvSpec], tuple[str]]:
+        return _row, (self.name,)  # a copied or unpickled model refers to the table's own rows: they are compared by identity
+
     @cached_property
     def parameters(self) -> tuple[tuple[str, Any], ...]:
         """Names and defaults of the arguments after ``input`` and ``weight``, in calling order."""
@@ -161,6 +164,11 @@ _GENERAL_ARGUMENTS = (
 )  # fmt: skip
 
 LINEAR = ConvSpec("linear", 0, False, F.linear, nn.Linear)
+
+
+def _row(name: str) -> ConvSpec:
+    return LINEAR if name == LINEAR.name else CONVOLUTIONS[name]
+
 
 SPEC_OF_FUNCTION: dict[Any, ConvSpec] = {spec.function: spec for spec in CONVOLUTIONS.values()}
 
