@@ -57,7 +57,7 @@ class Sparsify(PassBase):
         operator_settings = (
             convolution.layer,
             settings.drop_rate,
-            settings.criterion,
+            settings.ranking,
             AUTO if settings.round_to == "auto" else settings.round_to,
             settings.gradients,
             self.allocation,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .convolutions import ConvArgs
+from .masking import is_masked, masked
 from .selection import choices, importance, kept_channels
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -51,7 +52,7 @@ def sparse_backward(
         args: geometry of the convolution.
         mask: which of the gradients of input, weight and bias to compute.
         keep: channels to keep in each group; where a group has a single channel (depthwise), groups to keep.
-        criterion: see :func:`ssprop_fx.selection.importance`.
+        criterion: see :func:`ssprop_fx.selection.importance`; or a ranking of other units, :mod:`ssprop_fx.masking`.
         gradients: ``all``, or ``weight`` to leave the input's gradient dense.
         compiling: write what a fusing compiler runs best instead of what eager mode does.
 
@@ -66,6 +67,8 @@ def sparse_backward(
     channels, groups = grad.shape[1], args.groups
     if keep >= choices(channels, groups):
         return dense_backward(grad, input, weight, args, mask)
+    if is_masked(criterion):
+        return _masked_backward(grad, input, weight, output, args, mask, keep, criterion, gradients, compiling)
     whole_groups = channels == groups
     with torch.no_grad():
         score = importance(grad, output, criterion, sliced=not compiling)
@@ -94,6 +97,26 @@ def sparse_backward(
         total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
         bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
     return input_grad, weight_grad, bias_grad
+
+
+def _masked_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    args: ConvArgs,
+    mask: Sequence[bool],
+    keep: int,
+    ranking: str,
+    gradients: str,
+    compiling: bool,
+) -> Gradients:
+    """As :func:`sparse_backward`, where what is dropped is not whole channels: dense work on a masked gradient."""
+    kept = masked(grad, output, ranking, args.groups, keep, sliced=not compiling)
+    if gradients == "all":
+        return dense_backward(kept, input, weight, args, mask)
+    input_grad = dense_backward(grad, input, weight, args, (mask[0], False, False))[0]
+    return input_grad, *dense_backward(kept, input, weight, args, (False, mask[1], mask[2]))[1:]
 
 
 def _linear_backward(grad: Tensor, input: Tensor, weight: Tensor, mask: Sequence[bool]) -> Gradients:

@@ -18,6 +18,7 @@ from .cost import Call, as_number, total_flops
 from .coverage import MeasuredLayer, Measurement, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
+from .masking import is_masked
 from .policy import Policy, Settings
 from .report import Plan, Report, Row
 from .selection import AUTO
@@ -148,6 +149,8 @@ def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
     reason = "drop rate 0" if settings.drop_rate == 0 else ""
     if not reason and calls and not any(any(c.needs or (True,)) for c in calls):
         reason = "no gradient is computed"
+    if not reason and is_masked(settings.ranking):
+        reason = "masked, for analysis: saves nothing"
     return Row(
         layer=name,
         kind=layer.kind,
@@ -155,7 +158,7 @@ def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
         rung=layer.rung,
         rule=settings.rule,
         drop_rate=settings.drop_rate,
-        criterion=settings.criterion,
+        criterion=settings.ranking,
         gradients=settings.gradients,
         kept=None,
         total=first.channels if first else None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from .allocation import Allocation, allocation_for, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
+from .masking import is_masked
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
@@ -111,7 +112,7 @@ def _conv_backward_fake(grad, input, weight, output, *rest):
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, weight, bias, *rest = inputs
-    ctx.save_for_backward(input, weight, output if rest[8] == "taylor" else None)
+    ctx.save_for_backward(input, weight, output if rest[8].startswith("taylor") else None)
     ctx.has_bias, ctx.rest = bias is not None, rest
 
 
@@ -177,11 +178,11 @@ def _conv_flops(input_shape, weight_shape, bias_shape, *rest, out_shape=None, **
 
 def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) -> int:
     args, mask = ConvArgs(*rest[:6]), rest[6]
-    layer, drop_rate, _criterion, round_to, gradients, allocation = rest[7:]
+    layer, drop_rate, criterion, round_to, gradients, allocation = rest[7:]
     keep = kept_now(layer, drop_rate, round_to, allocation, weight, args)
     shape = input.shape if args.transposed else grad.shape
     one = conv_backward_flops(shape, weight.shape, args.groups, args.transposed, outputs=1)
-    kept = one * keep // choices(output_channels(weight.shape, args), args.groups)
+    kept = one if is_masked(criterion) else one * keep // choices(output_channels(weight.shape, args), args.groups)
     return (one if gradients == "weight" else kept) * mask[0] + kept * mask[1]
 
 

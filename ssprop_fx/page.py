@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cost import Call
 from .dataflow import Operation, operations
+from .masking import is_masked
 
 if TYPE_CHECKING:
     from .report import Report, Row
@@ -93,7 +94,8 @@ def _phase(report: Report, factor: float, units: Sequence[Sequence[int]]) -> dic
         calls: Sequence[Call] = report.calls.get(row.layer, ())
         keep = kept.get(row.layer, [c.channels for c in calls])
         counts += keep
-        flops += [call.flops(k, row.gradients) for call, k in zip(calls, keep, strict=True)]
+        masked = is_masked(row.criterion)
+        flops += [call.flops(None if masked else k, row.gradients) for call, k in zip(calls, keep, strict=True)]
     assert len(counts) == len(units)
     return {"factor": factor, "kept": counts, "flops": flops}
 

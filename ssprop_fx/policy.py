@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import astuple, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,10 @@ class Policy:
                 asked = asked or rule.asks_for_linear()
         if not asked:
             values["drop_rate"] = 0.0
+        if "linear" in kinds and values["drop_rate"] > 0 and values["drop_over"] in ("space", "channels_space"):
+            what = f"linear layers such as {name} have no space, and {decided} drops over {values['drop_over']}"
+            step = "write `drop_over` in the rule for linear layers"
+            raise PolicyError([Problem("Policy(...)", "drop_over", what, "channels or channels_per_sample", step, "channels")])
         return Settings(**values, rule=decided)
 
     def unmatched_rules(self, layers: Layers) -> list[Problem]:
@@ -234,10 +238,12 @@ class Explanation(Mapping[str, Settings]):
         return len(self._settings)
 
     def __str__(self) -> str:
-        rows = [["layer", "kinds", *(field.name for field in fields(Settings))]]
+        columns = [field.name for field in fields(Settings) if field.name != "drop_over"]  # in the criterion's
+        rows = [["layer", "kinds", *columns]]
         for name, settings in self.items():
             kinds = " ".join(kind for kind in KINDS if kind in self._layers[name])
-            rows.append([name, kinds, *map(str, astuple(settings))])
+            values = vars(settings) | {"criterion": settings.ranking}
+            rows.append([name, kinds, *(str(values[column]) for column in columns)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

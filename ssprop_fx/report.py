@@ -16,6 +16,7 @@ from .cost import Call, total_flops
 from .coverage import Measurement
 from .dataflow import Capture, operations, to_networkx
 from .errors import SSPropError, nearest
+from .masking import is_masked
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ class Report:
         for row in self.rows:
             counts, calls = kept.get(row.layer), self.calls.get(row.layer)
             if counts and calls:
-                row = replace(row, kept=counts[0], flops_now=total_flops(calls, counts, row.gradients))
+                used = None if is_masked(row.criterion) else counts
+                row = replace(row, kept=counts[0], flops_now=total_flops(calls, used, row.gradients))
             rows.append(row)
         return replace(self, factor=factor, rows=tuple(rows))
 

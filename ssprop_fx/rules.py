@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 
 from .errors import Checked, PolicyError, Problem, nearest
+from .masking import ranking
 from .schedule import Schedule
 
 _Kind = Literal[
@@ -28,6 +29,7 @@ _Kind = Literal[
     "linear",
 ]
 _Criterion = Literal["l1", "l2", "taylor", "random"]
+_DropOver = Literal["channels", "space", "channels_space", "channels_per_sample"]
 
 KINDS: tuple[str, ...] = get_args(_Kind)
 CRITERIA: tuple[str, ...] = get_args(_Criterion)
@@ -102,6 +104,10 @@ _Gradients = Annotated[
     Literal["all", "weight"],
     Field(description="all: every gradient is restricted to the kept channels; weight: the input's stays dense."),
 ]
+_DropOverKey = Annotated[
+    _DropOver,
+    Field(description="What is dropped: whole channels; the other choices are masks for analysis, and save nothing."),
+]
 _Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
@@ -117,6 +123,12 @@ class Settings:
     round_to: int | Literal["auto"]
     gradients: str
     rule: str
+    drop_over: str = "channels"
+
+    @property
+    def ranking(self) -> str:
+        """Criterion and units in one, as the operators take it: ``l1``, or ``l1 over space``."""
+        return ranking(self.criterion, self.drop_over)
 
 
 class Rule(Checked):
@@ -141,6 +153,7 @@ class Rule(Checked):
     criterion: _Optional[_CriterionKey] = None
     round_to: _Optional[_RoundTo] = None
     gradients: _Optional[_Gradients] = None
+    drop_over: _Optional[_DropOverKey] = None
     optional: bool = Field(default=False, description="The rule may match nothing.")
 
     _origin: str = PrivateAttr("")
@@ -223,6 +236,7 @@ class Contents(Checked):
     criterion: _CriterionKey = "l1"
     round_to: _RoundTo = "auto"
     gradients: _Gradients = "all"
+    drop_over: _DropOverKey = "channels"
     schedule: Schedule = Field(
         default=Schedule(clock="optimizer"),
         description="When the drop rates are in force. Without it, every other optimizer step is dense.",

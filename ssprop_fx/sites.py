@@ -48,12 +48,13 @@ class Site:
         self.call: Call | None = None
         self.calls: list[Call] | None = None
         self.known = False  # nothing more is to be learned from a call
+        self.ranking = settings.ranking
         self.round_to = AUTO if settings.round_to == "auto" else settings.round_to
 
     def operator_settings(self) -> tuple[str, float, str, int, str, str]:
         """The settings as the operator takes them."""
         s = self.settings
-        return self.layer, s.drop_rate, s.criterion, self.round_to, s.gradients, self.allocation.handle
+        return self.layer, s.drop_rate, s.ranking, self.round_to, s.gradients, self.allocation.handle
 
 
 def convolve(
@@ -168,7 +169,7 @@ def _backward(ctx, grad, compiling):
     for observe in observers:
         observe(site.layer)
     mask = (needs[0], needs[1], ctx.has_bias and needs[2])
-    grads = sparse_backward(grad, input, weight, output, args, mask, keep, settings.criterion, settings.gradients, compiling)
+    grads = sparse_backward(grad, input, weight, output, args, mask, keep, site.ranking, settings.gradients, compiling)
     return (*grads, None, None, None)
 
 
