@@ -104,8 +104,9 @@ class GraphRecord:
             found["forward"] = self.forward
         if self.backward is not None:
             found["backward"] = self.backward
-        names = {counts: ", ".join(f"{f:g}" for f in factors) for factors, counts in self.phases.items()}
-        return found | {f"backward, factor {names[counts]}": g for counts, g in self.lowered.items()}
+        # phases of equal counts share a graph
+        phases = {", ".join(f"{f:g}" for f in factors): counts for factors, counts in self.phases.items()}
+        return found | {f"backward, factor {name}": self.lowered[c] for name, c in phases.items() if c in self.lowered}
 
     @property
     def backward_compiles(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .convolutions import ConvArgs, conv_backward_flops, output_channels
-from .selection import Demand, choices, fast_granule
+from .selection import AUTO, Demand, choices, fast_granule
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Call:
         output: shape, (N, K, *spatial).
         args: geometry.
         needs: whether the gradients of the input and of the weight are computed; None where no gradient was recorded.
-        granule: channel counts that are multiples of it run fast for the weight's type and device.
+        dtype: of the output.
+        device: its type, ``cpu``.
+        channels_last: whether the input's channels are innermost in memory.
     """
 
     input: tuple[int, ...]
@@ -30,17 +34,28 @@ class Call:
     output: tuple[int, ...]
     args: ConvArgs
     needs: tuple[bool, bool] | None
-    granule: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    channels_last: bool = False
 
     @classmethod
     def of(cls, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, needs: tuple[bool, bool] | None = None) -> Call:
         """The call of batched tensors, real or fake; symbolic sizes count as what they were when traced."""
-        return cls(_sizes(input), _sizes(weight), _sizes(output), args, needs, fast_granule(weight.dtype, weight.device))
+        sizes = _sizes(input)
+        return cls(
+            sizes, _sizes(weight), _sizes(output), args, needs, output.dtype, output.device.type,
+            len(sizes) > 2 and sizes[1] > 1 and input.stride(1) == 1,
+        )  # fmt: skip
 
     @property
     def channels(self) -> int:
         """How many channels (whole groups, if depthwise) one choice is made from."""
         return choices(output_channels(self.weight, self.args), int(self.args.groups))
+
+    @property
+    def granule(self) -> int:
+        """Channel counts that are multiples of it run fast."""
+        return fast_granule(self.dtype, torch.device(self.device))
 
     def flops(self, keep: int | None = None, gradients: str = "all") -> int:
         """FLOPs of the gradients that are computed, a multiply-add counted as two.
@@ -54,9 +69,23 @@ class Call:
         kept = one if keep is None else one * keep // self.channels
         return input * (one if gradients == "weight" else kept) + weight * kept
 
-    def demand(self, layer: str, drop_rate: float) -> Demand:
+    def grad_bytes(self, keep: int | None = None, gradients: str = "all") -> int:
+        """Memory of the output's gradient that the backward products read.
+
+        Args:
+            keep: channels kept of :attr:`channels`; None for the dense backward.
+            gradients: ``all``, or ``weight`` if the input's gradient stays dense, for which all of it is read.
+        """
+        needs = self.needs or (True, True)
+        dense = prod(self.output) * self.dtype.itemsize if any(needs) else 0
+        return dense if keep is None or (gradients == "weight" and needs[0]) else dense * keep // self.channels
+
+    def demand(
+        self, layer: str, drop_rate: float, round_to: int = AUTO, criterion: str = "l1", gradients: str = "all"
+    ) -> Demand:
         """What the call asks of the rounding budget, as a forward pass announces it."""
-        return Demand(layer, self.channels, self._gradient(2), drop_rate, self.granule)
+        flops = self._gradient(2)
+        return Demand(layer, self.channels, flops, drop_rate, self.granule, round_to, self, criterion, gradients)
 
     def _gradient(self, outputs: int) -> int:
         positions = self.input if self.args.transposed else self.output
@@ -71,6 +100,11 @@ def as_number(size: Any) -> int:
     """A size as a number: what a symbolic size was when the graph was traced."""
     node = getattr(size, "node", None)
     return int(node.hint) if node is not None else int(size)
+
+
+def total_bytes(calls: Sequence[Call], keep: Sequence[int] | None = None, gradients: str = "all") -> int:
+    """Memory of the output gradients that a layer's calls of a step read; ``keep`` has one entry per call."""
+    return sum(c.grad_bytes(None if keep is None else keep[i], gradients) for i, c in enumerate(calls))
 
 
 def total_flops(calls: Sequence[Call], keep: Sequence[int] | None = None, gradients: str = "all") -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ._compat import is_compiled
+from ._compat import in_backward, is_compiled
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
@@ -48,6 +48,7 @@ class Measurement:
         step_flops: of the whole dense step, forward and backward, of the operations that have a formula in
             ``torch.utils.flop_counter`` (which counts the weight gradient of a grouped convolution as if it were not
             grouped; here it is counted as what it is).
+        backward_flops: of the dense step's backward pass, counted in the same way.
         layers: what a transformed model's dense step made of each layer, calls in order.
     """
 
@@ -57,6 +58,7 @@ class Measurement:
     calls: dict[str, int] = field(default_factory=dict)
     conv_flops: int = 0
     step_flops: int = 0
+    backward_flops: int = 0
     layers: dict[str, MeasuredLayer] = field(default_factory=dict, repr=False)
 
     @property
@@ -68,7 +70,8 @@ class Measurement:
         """Plain numbers, for JSON."""
         return {
             "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
-            "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops, "step_flops": self.step_flops,
+            "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops,
+            "backward_flops": self.backward_flops, "step_flops": self.step_flops,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -86,7 +89,7 @@ class BackwardCounter(TorchDispatchMode):
 
         super().__init__()
         self.formulas = flop_registry
-        self.count = self.conv_flops = self.flops = 0
+        self.count = self.conv_flops = self.flops = self.backward_flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -94,9 +97,13 @@ class BackwardCounter(TorchDispatchMode):
             grad, input, weight, _, _, _, _, transposed, _, groups, mask = args
             positions = input.shape if transposed else grad.shape
             flops = conv_backward_flops(positions, weight.shape, groups, transposed, sum(mask[:2]))
-            self.count, self.conv_flops, self.flops = self.count + 1, self.conv_flops + flops, self.flops + flops
+            self.count, self.conv_flops = self.count + 1, self.conv_flops + flops
         elif func._overloadpacket in self.formulas:
-            self.flops += self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            flops = self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        else:
+            return result
+        self.flops += flops
+        self.backward_flops += flops * in_backward()
         return result
 
 
@@ -130,7 +137,8 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
             del seen[name]  # rewritten, but no convolution
     by_rule = sum(n for layer, n in seen.items() if layer in layers and layers[layer].settings.drop_rate == 0)
     sparse = sum(seen.values()) - by_rule
-    return Measurement(counter.count, sparse, by_rule, dict(seen), counter.conv_flops, counter.flops, layers)
+    flops = counter.conv_flops, counter.flops, counter.backward_flops
+    return Measurement(counter.count, sparse, by_rule, dict(seen), *flops, layers)
 
 
 def _measured(record: Transformation, met: Any, seen: Mapping[str, int]) -> dict[str, MeasuredLayer]:
@@ -199,13 +207,22 @@ def _step(model: nn.Module, example_inputs: Any) -> None:
             outputs = model(*example_inputs)
         else:
             outputs = model(example_inputs)
-        wanted = [t for t in tensors_of(outputs) if t.is_floating_point() and t.requires_grad]
-        if not wanted:
-            raise SSPropError(
-                "no output of the model carries a gradient, so there is no backward pass to measure; "
-                "is the model in training mode, and does a parameter require a gradient?"
-            )
-        torch.stack([t.float().square().mean() for t in wanted]).sum().backward()
+        scalar_loss(outputs).backward()
+
+
+def scalar_loss(outputs: Any) -> Tensor:
+    """A loss for any model: the sum of the mean squares of its floating-point outputs.
+
+    Raises:
+        SSPropError: none of them carries a gradient.
+    """
+    wanted = [t for t in tensors_of(outputs) if t.is_floating_point() and t.requires_grad]
+    if not wanted:
+        raise SSPropError(
+            "no output of the model carries a gradient, so there is no backward pass to measure; "
+            "is the model in training mode, and does a parameter require a gradient?"
+        )
+    return torch.stack([t.float().square().mean() for t in wanted]).sum()
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ._compat import is_compiled
 from .allocation import Allocation
 from .convolutions import ConvArgs, conv_kinds, spec_of_module
-from .cost import Call, as_number, total_flops
+from .cost import Call, as_number, total_bytes, total_flops
 from .coverage import MeasuredLayer, Measurement, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
@@ -24,7 +24,7 @@ from .report import Plan, Report, Row
 from .selection import AUTO
 from .sites import Site
 from .tracing import TracedModule, capture
-from .transform import Transformation, transformation_of
+from .transform import Transformation, transform, transformation_of
 
 if TYPE_CHECKING:
     from .backend import GraphRecord, PhaseDispatcher
@@ -64,6 +64,21 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
         f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
         'or of torch.compile(model, backend="ssprop") after a step; policy.explain(model) shows what a policy would do'
     )
+
+
+def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Report:
+    """What ``inspect`` would say of a model once it is transformed; the model and the policy stay as they are.
+
+    Args:
+        model, example_inputs: as for :func:`inspect`, the model untouched.
+
+    Raises:
+        PolicyError, TransformError: as :func:`ssprop_fx.transform`.
+    """
+    own = Policy.from_dict(policy.to_dict())  # to bind a trial's layers to
+    own.load_state_dict(policy.state_dict())
+    report = inspect(transform(model, own), example_inputs)
+    return replace(report, front_end="policy", policy=policy)
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,7 @@ def _plan(policy: Policy, layers: Mapping[str, _Layer], demands: Mapping[str, An
         if name not in demands and layer.settings.drop_rate > 0 and layer.settings.round_to == "auto":
             for use in layer.uses:
                 if use.dispatcher is None:
-                    d = use.call.demand(name, layer.settings.drop_rate)
-                    planned.announce(name, d.channels, d.flops, d.drop_rate, d.granule)
+                    planned.announce(use.call.demand(name, layer.settings.drop_rate))
     dispatchers = {id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher}
 
     @functools.cache
@@ -159,6 +173,7 @@ def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
         rule=settings.rule,
         drop_rate=settings.drop_rate,
         criterion=settings.ranking,
+        round_to=settings.round_to,
         gradients=settings.gradients,
         kept=None,
         total=first.channels if first else None,
@@ -168,15 +183,17 @@ def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
         calls=max(len(calls), 1) if measurement is None else max(len(calls), measurement.calls.get(name, 1)),
         flops_dense=total_flops(calls) if calls else None,
         flops_now=None,
+        grad_bytes_dense=total_bytes(calls) if calls else None,
+        grad_bytes_now=None,
         reason=reason,
     )
 
 
 def _left_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] = ()) -> Row:
     return Row(
-        layer=layer, kind=kind, kinds=tuple(kinds), rung="-", rule="-", drop_rate=0.0, criterion="-", gradients="-",
-        kept=None, total=None, input_shape=None, weight_shape=None, output_shape=None, calls=1,
-        flops_dense=None, flops_now=None, reason=reason,
+        layer=layer, kind=kind, kinds=tuple(kinds), rung="-", rule="-", drop_rate=0.0, criterion="-", round_to="-",
+        gradients="-", kept=None, total=None, input_shape=None, weight_shape=None, output_shape=None, calls=1,
+        flops_dense=None, flops_now=None, grad_bytes_dense=None, grad_bytes_now=None, reason=reason,
     )  # fmt: skip
 
 
@@ -204,10 +221,11 @@ def _of_transformed(
             uses = compiled.get(name) or tuple(map(_Use, m.calls))
             layers[name] = _Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
+    compiled_captures = _record_captures(records)
+
+    @functools.cache
     def captures() -> list[Capture]:
-        if records:
-            return _record_captures(records)
-        return [_traced_capture(t, layers, example_inputs) for t in traced()]
+        return compiled_captures or [_traced_capture(t, layers, example_inputs) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
     demands = record.allocation.demands
@@ -293,8 +311,8 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
             kinds = sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
             reason = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
             left.append(_left_row(name, reason, spec.name, kinds))
-    policy = _policy_of(model)
-    return _report(model, "backend", policy, layers, left, {}, measurement, True, lambda: _record_captures(records))
+    captures = _record_captures(records)
+    return _report(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
 
 
 def _policy_of(model: nn.Module) -> Policy:
@@ -338,7 +356,7 @@ def _uses(record: GraphRecord) -> dict[str, list[_Use]]:
         if call is not None:
             match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
             if match is not None:
-                call = Call(call.input, call.weight, call.output, call.args, dense.pop(match)[2], call.granule)
+                call = replace(call, needs=dense.pop(match)[2])
             found.setdefault(c.layer, []).append(_Use(call))
     return found
 
@@ -375,8 +393,8 @@ def _captured_call(convolution: Any) -> Call | None:
     if spec.dim and len(input) == spec.dim + 1:
         input, output = [1, *input], [1, *output]
     args = ConvArgs((), (), (), spec.transposed, (), as_number(convolution.arguments.get("groups", 1)))
-    granule = Call.of(values[0], values[1], values[2], args).granule
-    return Call(tuple(input), tuple(weight), tuple(output), args, None, granule)
+    call = Call.of(values[0], values[1], values[2], args)
+    return replace(call, input=tuple(input), weight=tuple(weight), output=tuple(output))
 
 
 def _record_captures(records: Sequence[GraphRecord]) -> list[Capture]:

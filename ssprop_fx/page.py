@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cost import Call
 from .dataflow import Operation, operations
 from .masking import is_masked
+from .report import DENSE_STEP, KEEPS_ALL
 
 if TYPE_CHECKING:
     from .report import Report, Row
@@ -142,7 +143,7 @@ def _layer(row: Row) -> dict[str, Any]:
         "weight": row.weight_shape,
         "output": row.output_shape,
         "calls": row.calls,
-        "reason": row.reason,
+        "reason": "" if row.reason in (DENSE_STEP, KEEPS_ALL) else row.reason,  # the page knows the step
         "rewritten": row.rewritten,
     }
 

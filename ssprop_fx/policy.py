@@ -17,6 +17,8 @@ from .schedule import Clock
 if TYPE_CHECKING:
     from torch import nn
 
+    from .report import Report
+
 __all__ = ["CRITERIA", "KINDS", "Explanation", "Policy", "Rule", "Settings"]
 
 
@@ -184,7 +186,7 @@ class Policy:
         from .transform import assign_checked, layer_kinds
 
         assigned = assign_checked(model, self)
-        return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned)
+        return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned, self, model)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents as plain values, from which :meth:`from_dict` makes an equal policy."""
@@ -224,9 +226,24 @@ class Policy:
 class Explanation(Mapping[str, Settings]):
     """Layer name -> :class:`Settings`; its text is a table with a line for each layer."""
 
-    def __init__(self, layers: Layers, settings: Mapping[str, Settings]) -> None:
+    def __init__(self, layers: Layers, settings: Mapping[str, Settings], policy: Policy, model: nn.Module) -> None:
         self._layers = layers
         self._settings = settings
+        self._policy, self._model = policy, model
+
+    def report(self, example_inputs: Any = None) -> Report:
+        """What :func:`ssprop_fx.inspect` would say of the model once it is transformed; nothing is changed.
+
+        Args:
+            example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. With them, two
+                training steps on a copy give coverage, shapes and FLOPs.
+
+        Raises:
+            SSPropError: no output of the model carries a gradient.
+        """
+        from .inspection import foresee
+
+        return foresee(self._model, self._policy, example_inputs)
 
     def __getitem__(self, name: str) -> Settings:
         return self._settings[name]

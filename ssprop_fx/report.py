@@ -12,7 +12,7 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cost import Call, total_flops
+from .cost import Call, total_bytes, total_flops
 from .coverage import Measurement
 from .dataflow import Capture, operations, to_networkx
 from .errors import SSPropError, nearest
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # factor → layer → channels that each call keeps
 Plan = Callable[[float], Mapping[str, Sequence[int]]]
 
+_PHASES = 128
+
+DENSE_STEP, KEEPS_ALL = "factor 0 at this step", "rounded up to all channels"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,7 +42,8 @@ class Row:
         rung: ``graph``, ``module`` or ``call`` (how it was rewritten), or ``-`` where it was not.
         rule: the rule of the policy that decided, with its line where the policy came from a file.
         drop_rate: the rule's drop rate; times the schedule's factor it is the rate in force.
-        criterion, gradients: as the rule has them.
+        criterion, round_to, gradients: as the rule has them; the criterion is ``l1 over space``, say, where the rule's
+            ``drop_over`` is not ``channels``.
         kept, total: channels that the backward pass of the report's step uses, of how many; whole groups for a depthwise
             convolution. Of the first call. None before shapes are known.
         input_shape, weight_shape, output_shape: of the first call, (N, C, *spatial), as the function takes the weight,
@@ -46,7 +51,8 @@ class Row:
         calls: calls in a step, where a captured graph or a measurement tells; else 1.
         flops_dense, flops_now: of the backward pass of all calls (the gradients of input and weight, where they are
             computed), a multiply-add counted as two.
-        reason: why it is dense, where it is; empty for a rewritten one.
+        grad_bytes_dense, grad_bytes_now: memory of the outputs' gradients that the backward products of all calls read.
+        reason: why it is dense, where it is; empty for one that is sparse at the report's step.
     """
 
     layer: str
@@ -56,6 +62,7 @@ class Row:
     rule: str
     drop_rate: float
     criterion: str
+    round_to: int | str
     gradients: str
     kept: int | None
     total: int | None
@@ -65,6 +72,8 @@ class Row:
     calls: int
     flops_dense: int | None
     flops_now: int | None
+    grad_bytes_dense: int | None
+    grad_bytes_now: int | None
     reason: str
 
     @property
@@ -74,17 +83,37 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What the steps of one factor of the schedule cost.
+
+    Attributes:
+        factor: what every drop rate is multiplied by.
+        share: of the steps of :attr:`Report.cycle` that have it.
+        flops: of the convolutions' backward passes, a step.
+        grad_bytes: memory of the outputs' gradients that those read, a step.
+    """
+
+    factor: float
+    share: float
+    flops: int
+    grad_bytes: int
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was done to a model, layer by layer, at one step of the schedule. ``print`` it.
 
+    A report is a snapshot: training on, or stepping the policy, changes nothing in it. :meth:`at` gives other steps.
+
     Attributes:
         model: class name of the model.
-        front_end: ``transform`` or ``backend``.
+        front_end: ``transform``, ``backend``, or ``policy`` before either.
         policy: the policy in force.
-        step, factor: the step that ``kept`` and ``flops_now`` are of, and the schedule's factor there.
+        step, factor: the step that ``kept``, ``flops_now`` and ``grad_bytes_now`` are of, and the schedule's factor there.
         rows: one per convolution, in the model's order.
         measurement: counted convolution backwards of one step, if example inputs were given.
         calls: layer → its calls in a step, as far as they are known.
+        quantized: whether factors are rounded to the schedule's ``levels``, as compiled code does.
     """
 
     model: str
@@ -94,10 +123,10 @@ class Report:
     factor: float
     rows: tuple[Row, ...]
     measurement: Measurement | None = None
-    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict, repr=False, compare=False)
-    quantized: bool = field(default=False, repr=False)
-    _plan: Plan = field(default=lambda factor: {}, repr=False, compare=False)
-    _captures: Callable[[], list[Capture]] = field(default=list, repr=False, compare=False)
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict, compare=False)
+    quantized: bool = False
+    _plan: Plan = field(default=lambda factor: {}, compare=False)
+    _captures: Callable[[], list[Capture]] = field(default=list, compare=False)
 
     # --- numbers
 
@@ -111,26 +140,76 @@ class Report:
     @property
     def flops_dense(self) -> int:
         """FLOPs of all dense convolution backward passes of a step, as far as shapes are known."""
-        return sum(r.flops_dense or 0 for r in self.rows)
+        return sum(r.flops_dense or 0 for r in self.rows) + self._missed_flops
 
     @property
     def flops_now(self) -> int:
         """The same at the kept counts of :attr:`step`."""
-        return sum(r.flops_now or 0 for r in self.rows)
+        return sum(r.flops_now or 0 for r in self.rows) + self._missed_flops
 
-    @cached_property
+    @property
     def flops_mean(self) -> float:
         """The same, mean over the steps of :attr:`cycle`."""
+        return sum(p.share * p.flops for p in self.phases)
+
+    @property
+    def _missed_flops(self) -> int:
+        """Measured FLOPs of convolution backwards that no row stands for: dense ones of layers that were not reached."""
+        if self.measurement is None:
+            return 0
+        return max(0, self.measurement.conv_flops - sum(r.flops_dense or 0 for r in self.rows if r.kind != "linear"))
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The factors that the schedule comes to within :attr:`cycle`, in their order of size.
+
+        Where they are more than 128, as those of a long cosine in eager mode, they are rounded to 128ths.
+        """
         factors = Counter(map(self.factor_at, self.cycle))
-        return sum(n * self._with(factor).flops_now for factor, n in factors.items()) / len(self.cycle)
+        if len(factors) > _PHASES:
+            rounded: Counter[float] = Counter()
+            for factor, steps in factors.items():
+                rounded[round(factor * _PHASES) / _PHASES] += steps
+            factors = rounded
+        found = []
+        for factor, steps in sorted(factors.items()):
+            there = self._with(factor)
+            found.append(Phase(factor, steps / len(self.cycle), there.flops_now, there._grad_bytes("now")))
+        return tuple(found)
+
+    @property
+    def conv_flops(self) -> dict[str, float] | None:
+        """FLOPs of a step's convolution backward passes: ``dense``, ``now`` and ``mean``; None before shapes are known."""
+        dense = self.flops_dense
+        return {"dense": dense, "now": self.flops_now, "mean": self.flops_mean} if dense else None
+
+    @property
+    def backward_flops(self) -> dict[str, float] | None:
+        """FLOPs of a step's whole backward pass: ``dense``, ``now`` and ``mean``; None without a measurement."""
+        return self._with_rest(self.measurement.backward_flops if self.measurement else 0)
 
     @property
     def step_flops(self) -> dict[str, float] | None:
         """FLOPs of a whole step, forward and backward: ``dense``, ``now`` and ``mean``; None without a measurement."""
-        if self.measurement is None or not self.measurement.step_flops:
-            return None
-        rest = self.measurement.step_flops - self.flops_dense
-        return {"dense": rest + self.flops_dense, "now": rest + self.flops_now, "mean": rest + self.flops_mean}
+        return self._with_rest(self.measurement.step_flops if self.measurement else 0)
+
+    def _with_rest(self, everything: int) -> dict[str, float] | None:
+        conv = self.conv_flops
+        return {k: everything - conv["dense"] + v for k, v in conv.items()} if everything and conv else None
+
+    @property
+    def grad_bytes(self) -> dict[str, float] | None:
+        """Memory of the outputs' gradients that a step's convolution backward passes read, in bytes.
+
+        ``dense``, ``now`` and ``mean``; the dropped channels of a gradient are given back as soon as the kept ones have
+        been picked. None before shapes are known.
+        """
+        dense = self._grad_bytes("dense")
+        mean = sum(p.share * p.grad_bytes for p in self.phases) if dense else 0
+        return {"dense": dense, "now": self._grad_bytes("now"), "mean": mean} if dense else None
+
+    def _grad_bytes(self, when: str) -> int:
+        return sum(getattr(r, f"grad_bytes_{when}") or 0 for r in self.rows)
 
     @property
     def cycle(self) -> range:
@@ -165,9 +244,19 @@ class Report:
         rows = []
         for row in self.rows:
             counts, calls = kept.get(row.layer), self.calls.get(row.layer)
+            reason = "" if row.reason in (DENSE_STEP, KEEPS_ALL) else row.reason
             if counts and calls:
                 used = None if is_masked(row.criterion) else counts
-                row = replace(row, kept=counts[0], flops_now=total_flops(calls, used, row.gradients))
+                keeps_all = all(k == c.channels for k, c in zip(counts, calls, strict=True))
+                row = replace(
+                    row,
+                    kept=counts[0],
+                    flops_now=total_flops(calls, used, row.gradients),
+                    grad_bytes_now=total_bytes(calls, used, row.gradients),
+                    reason=reason or (DENSE_STEP if factor == 0 else KEEPS_ALL if keeps_all else ""),
+                )
+            elif row.rewritten:
+                row = replace(row, reason=reason or (DENSE_STEP if factor == 0 else ""))
             rows.append(row)
         return replace(self, factor=factor, rows=tuple(rows))
 
@@ -258,7 +347,10 @@ class Report:
             "flops_now": self.flops_now,
             "flops_mean": self.flops_mean,
             "mean_over_steps": [self.cycle.start, self.cycle.stop],
+            "backward_flops": self.backward_flops,
             "step_flops": self.step_flops,
+            "grad_bytes": self.grad_bytes,
+            "phases": [asdict(phase) for phase in self.phases],
             "rows": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(row).items()} for row in self.rows],
             "measurement": self.measurement.to_dict() if self.measurement else None,
         }
@@ -315,25 +407,31 @@ class Report:
         lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join([self.summary(), "", *lines])
 
+    __repr__ = __str__
+
     def summary(self) -> str:
-        """Two to four lines: coverage, step, FLOPs."""
-        rewritten = sum(r.rewritten for r in self.rows)
+        """Two to six lines: coverage, step, FLOPs, memory."""
+        rewritten, would = sum(r.rewritten for r in self.rows), " would be" if self.front_end == "policy" else ""
         lines = [
-            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} convolutions rewritten; "
+            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} convolutions{would} rewritten; "
             f"step {self.step}, factor {self.factor:g}"
         ]
         if self.measurement is not None:
             lines.append(str(self.measurement))
-        if not self.flops_dense:
-            return "\n".join([*lines, "FLOPs: unknown before the first training step"])
-        lines.append(f"backward convolution FLOPs of a step: {_saved(self.flops_dense, self.flops_now, self.flops_mean)}")
-        if self.step_flops:
-            lines.append(f"all FLOPs of a step: {_saved(**self.step_flops)}")
+        if self.conv_flops is None or self.grad_bytes is None:
+            return "\n".join([*lines, "FLOPs: unknown before the first training step; example inputs tell them, too"])
+        lines.append(f"backward convolution FLOPs of a step: {_saved(self.conv_flops)}")
+        if self.backward_flops and self.step_flops:
+            lines.append(f"backward FLOPs of a step: {_saved(self.backward_flops)}")
+            lines.append(f"all FLOPs of a step: {_saved(self.step_flops)}")
+        lines.append(f"memory of output gradients read: {_saved({k: v / 2**20 for k, v in self.grad_bytes.items()}, ' MiB')}")
         return "\n".join(lines)
 
 
-def _saved(dense: float, now: float, mean: float) -> str:
-    return f"{now:.4g} of {dense:.4g}, {1 - now / dense:.1%} saved at this step, {1 - mean / dense:.1%} over the schedule"
+def _saved(flops: Mapping[str, float], unit: str = "") -> str:
+    dense, now, mean = flops["dense"], flops["now"], flops["mean"]
+    saved = f"{1 - now / dense:.1%} saved at this step, {1 - mean / dense:.1%} over the schedule"
+    return f"{now:.4g} of {dense:.4g}{unit}, {saved}"
 
 
 _HEADER = ("layer", "kind", "rung", "rate", "kept", "output", "backward MFLOP", "now", "rule", "reason")
@@ -355,4 +453,4 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Plan", "Report", "Row"]
+__all__ = ["Phase", "Plan", "Report", "Row"]

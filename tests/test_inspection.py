@@ -354,3 +354,131 @@ def test_transformed_and_compiled_reports_its_graphs():
 def test_a_model_that_was_not_rewritten_is_refused():
     with pytest.raises(SSPropError, match="has not been rewritten"):
         ssprop_fx.inspect(nn.Conv2d(3, 4, 3))
+
+
+# --- a snapshot, its phases and memory
+
+
+def test_a_report_is_a_snapshot():
+    torch._dynamo.reset()
+    policy, x = turns(), torch.randn(2, 3, 16, 16)
+    model = torch.compile(Small(), backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    for step in range(2):
+        model(x).square().mean().backward()
+        report = report if step else ssprop_fx.inspect(model)
+        before = report.to_json(), str(report), list(report.graphs), report.at(1).to_json()
+        policy.step()
+    assert (report.to_json(), str(report), list(report.graphs), report.at(1).to_json()) == before
+    assert (report.step, report.factor) == (0, 0)
+    assert "graph 0/backward, factor 1" in ssprop_fx.inspect(model).graphs
+
+
+def test_phases_of_equal_counts_keep_their_names():
+    torch._dynamo.reset()
+    policy = Policy(drop_rate=0.5, round_to=4, schedule={"kind": "linear", "period": 3, "levels": 3})
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    model = torch.compile(net, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    for _ in range(3):
+        model(torch.randn(1, 3, 4, 4)).sum().backward()
+        policy.step()
+    report = ssprop_fx.inspect(model)
+    factors = [name.removeprefix("graph 0/backward, factor ") for name in report.graphs if ", factor" in name]
+    assert factors == ["0", "0.5", "1"]
+    shared = report.graph("graph 0/backward, factor 0.5") is report.graph("graph 0/backward, factor 0")
+    assert shared == (report.at(1)["2"].kept == 8)
+    assert {phase.factor for phase in report.phases} == {0, 0.5, 1}
+
+
+def test_phases_and_memory(resnet):
+    report = resnet[3]
+    dense, sparse = report.phases
+    assert (dense.factor, dense.share, sparse.factor, sparse.share) == (0, 0.5, 1, 0.5)
+    assert (dense.flops, sparse.flops) == (report.flops_dense, report.at(1).flops_now)
+    outputs = sum(torch.Size(row.output_shape).numel() for row in report.rows)
+    assert report.grad_bytes["dense"] == dense.grad_bytes == 4 * outputs
+    row = report.at(1)["layer1.0.conv1"]
+    assert row.grad_bytes_now == row.grad_bytes_dense * row.kept // row.total
+    assert report.at(1).grad_bytes["now"] == sparse.grad_bytes < 0.3 * dense.grad_bytes
+    assert [p["factor"] for p in report.to_dict()["phases"]] == [0, 1]
+
+
+def test_long_schedules_have_few_phases():
+    policy = Policy(drop_rate=0.5, round_to=1, schedule={"kind": "linear", "period": 10_000})
+    report = ssprop_fx.inspect(ssprop_fx.transform(nn.Conv2d(4, 64, 3), policy), torch.randn(1, 4, 8, 8))
+    assert len(report.phases) <= 129
+    assert sum(phase.share for phase in report.phases) == pytest.approx(1)
+    assert report.flops_mean == pytest.approx(0.75 * report.flops_dense, rel=0.02)
+
+
+def test_backward_flops_equal_the_flop_counter(resnet):
+    model, policy, x, report = resnet
+    model = copy.deepcopy(model)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(x).square().mean()
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert report.backward_flops["dense"] == pytest.approx(counter.get_total_flops() - forward, rel=1e-3)
+    assert report.backward_flops["now"] > report.conv_flops["now"]
+
+
+def test_rows_say_why_they_are_dense():
+    policy = turns(0.02, round_to=1, rules=[{"layers": "stem", "drop_rate": 0}])
+    report = ssprop_fx.inspect(ssprop_fx.transform(Small(), policy), torch.randn(2, 3, 16, 16))
+    assert [row.reason for row in report.rows] == ["drop rate 0"] + ["factor 0 at this step"] * 2
+    assert [row.reason for row in report.at(1).rows] == ["drop rate 0", "", ""]
+    rounded = turns(0.02, round_to=8)
+    report = ssprop_fx.inspect(ssprop_fx.transform(Small(), rounded), torch.randn(2, 3, 16, 16)).at(1)
+    assert {row.reason for row in report.rows} == {"rounded up to all channels"}
+
+
+# --- before either front end
+
+
+def test_before_transform_the_policy_tells_the_same(resnet):
+    _, policy, x, report = resnet
+    net = torchvision.models.resnet18(weights=None, num_classes=10)
+    foreseen = policy.explain(net).report(x)
+    assert foreseen.front_end == "policy"
+    assert foreseen.policy is policy
+    assert foreseen.rows == report.rows
+    assert (foreseen.conv_flops, foreseen.step_flops) == (report.conv_flops, report.step_flops)
+    assert "20 of 20 convolutions would be rewritten" in str(foreseen)
+    assert not hasattr(net, "_ssprop")
+    assert "unknown" in policy.explain(net).report().summary()
+
+
+@pytest.mark.parametrize("front_end", ["transform", "backend"])
+def test_example_inputs_give_shapes_to_a_model_that_never_ran(front_end):
+    torch._dynamo.reset()
+    net, policy = Small(), turns()
+    if front_end == "transform":
+        model = ssprop_fx.transform(net, policy)
+    else:
+        model = torch.compile(net, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    report = ssprop_fx.inspect(model, torch.randn(2, 3, 16, 16))
+    assert [row.output_shape for row in report.rows] == [(2, 32, 16, 16), (2, 64, 16, 16), (2, 64, 16, 16)]
+    assert report.coverage == 1
+    assert report.conv_flops["dense"] == report.measurement.conv_flops
+
+
+def test_what_no_row_stands_for_counts_as_dense():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.unseen = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.hidden(self.seen(x))
+
+        @torch.compiler.disable
+        def hidden(self, x):
+            return self.unseen(x)
+
+    torch._dynamo.reset()
+    policy = turns(0.5, round_to=1)
+    model = torch.compile(Broken(), backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    report = ssprop_fx.inspect(model, torch.randn(1, 3, 8, 8)).at(1)
+    assert report["unseen"].rung == "-"
+    assert report.coverage == 0.5
+    assert report.conv_flops["dense"] == report.measurement.conv_flops
+    assert report.conv_flops["now"] == report.conv_flops["dense"] - report["seen"].flops_dense / 2
