@@ -11,8 +11,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
 from ssprop_fx.backward import sparse_backward
-from ssprop_fx.convolutions import ConvArgs, conv_backward_flops, output_channels
-from ssprop_fx.selection import Demand, choices, fast_granule
+from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.cost import Call
+from ssprop_fx.selection import Demand
 
 
 def backward_nodes(graph_module: GraphModule) -> list[Node]:
@@ -26,14 +27,9 @@ def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
     for node in backward_nodes(graph_module):
         grad, input, weight = (_value(a) for a in node.args[:3])
         args = ConvArgs(*node.args[4:10])
-        positions = input.shape if args.transposed else grad.shape
-        demands[node] = Demand(
-            node.name,
-            int(choices(int(output_channels(weight.shape, args)), int(args.groups))),
-            _hint(conv_backward_flops(positions, weight.shape, args.groups, args.transposed)),
-            float(node.args[ops.BACKWARD_SETTINGS_AT + 1]),
-            fast_granule(weight.dtype, weight.device),
-        )
+        _, drop_rate, criterion, round_to, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
+        call = Call.of(input, weight, grad, args, tuple(node.args[10][:2]))
+        demands[node] = call.demand(node.name, float(drop_rate), round_to, criterion, gradients)
     return demands
 
 
@@ -147,8 +143,3 @@ def _present(args):
 
 def _value(arg: Any) -> Any:
     return arg.meta["val"] if isinstance(arg, Node) else arg
-
-
-def _hint(value: Any) -> int:
-    """A size as a number: what a symbolic size was when the graph was traced."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ from .passes import (
 from .passes.lower_backward import backward_nodes
 from .passes.verify import rewritten_layers
 from .policy import Policy
-from .selection import AUTO, Demand, keep_count, plan_counts
+from .profit import Timing, settle
 from .transform import as_policy, assign_checked, transformation_of
 
 logger = logging.getLogger(__name__)
@@ -277,6 +277,7 @@ class PhaseDispatcher:
         self.demands = lowering_demands(graph_module)
         self.settings = {n: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
         self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
+        self.losses: dict[tuple[float, ...], dict[str, Timing]] = {}  # by factors and node: why it stays dense
         self.by_factor: dict[tuple[float, ...], Callable[..., Any]] = {}
         self.by_count: dict[tuple[int, ...], Callable[..., Any]] = {}
 
@@ -318,16 +319,12 @@ class PhaseDispatcher:
     def counts(self, factors: tuple[float, ...]) -> dict[str, int]:
         """Channels to keep, by node, at one factor per allocation."""
         factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
-        counts, budget = {}, []
+        demands = []
         for node, demand in self.demands.items():
-            _, drop_rate, _, round_to, _, handle = self.settings[node]
-            rate = drop_rate * factor_of[handle]
-            if round_to == AUTO:
-                counts[node.name] = 0
-                budget.append(Demand(node.name, demand.channels, demand.flops, rate, demand.granule))
-            else:
-                counts[node.name] = keep_count(rate, demand.channels, round_to)
-        return counts | plan_counts(budget)
+            handle = self.settings[node][-1]
+            demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
+        counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
+        return counts
 
 
 def _resolve(policy: Any) -> Policy | None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocation import Allocation, allocation_for, observers
+from .allocation import allocation_for, live_allocation, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
+from .cost import Call
 from .masking import is_masked
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
@@ -64,25 +65,12 @@ def kept_now(
 def _conv_kernel(input, weight, bias, *rest):
     allocation = rest[-1]
     output = run(input, weight, bias, ConvArgs(*rest[:6]))
-    if allocation and rest[9] == AUTO and not torch.compiler.is_compiling():
-        announce(rest[6], input, weight, output, ConvArgs(*rest[:6]), rest[7], allocation_for(allocation))
+    live = None if torch.compiler.is_compiling() else live_allocation(allocation)
+    if live is not None and (rest[9] == AUTO or live.measures):
+        layer, drop_rate, criterion, round_to, gradients, _ = rest[6:]
+        call = Call.of(input, weight, output, ConvArgs(*rest[:6]), (input.requires_grad, weight.requires_grad))
+        live.announce(call.demand(layer, drop_rate, round_to, criterion, gradients))
     return output
-
-
-def announce(
-    layer: str,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    args: ConvArgs,
-    rate: float,
-    live: Allocation,
-    provisional: bool = False,
-) -> None:
-    """Tell the rounding budget what this call's backward pass will cost."""
-    flops = conv_backward_flops(input.shape if args.transposed else output.shape, weight.shape, args.groups, args.transposed)
-    granule = fast_granule(weight.dtype, weight.device)
-    live.announce(layer, choices(output_channels(weight.shape, args), args.groups), flops, rate, granule, provisional)
 
 
 def _conv_backward_kernel(grad, input, weight, output, *rest):

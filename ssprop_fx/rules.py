@@ -237,6 +237,13 @@ class Contents(Checked):
     round_to: _RoundTo = "auto"
     gradients: _Gradients = "all"
     drop_over: _DropOverKey = "channels"
+    profitable: Annotated[
+        Literal["always", "auto"],
+        Field(
+            description="auto: a layer whose sparse backward pass is slower than its dense one, as timed on the machine, "
+            "stays dense; always: no such exception."
+        ),
+    ] = "always"
     schedule: Schedule = Field(
         default=Schedule(clock="optimizer"),
         description="When the drop rates are in force. Without it, every other optimizer step is dense.",

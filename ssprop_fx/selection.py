@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,13 +89,21 @@ def keep_count(drop_rate: float, channels: int, round_to: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one layer asks of the budget: its choice of channels, and what the backward pass costs."""
+    """What one layer asks of the budget: its choice of channels, and what the backward pass costs.
+
+    ``call``, where it is needed, is what a measurement of the layer has to repeat: a :class:`ssprop_fx.cost.Call`, and the
+    settings that its time depends on.
+    """
 
     layer: str
     channels: int
     flops: int
     drop_rate: float
     granule: int = 16
+    round_to: int = AUTO
+    call: Any = None
+    criterion: str = "l1"
+    gradients: str = "all"
 
 
 def fast_granule(dtype: torch.dtype, device: torch.device | None = None) -> int:

@@ -105,10 +105,15 @@ def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, o
         batched = output.unsqueeze(0) if call.unbatched else output
         needs = (input.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else None
         _remember(site, call.input, weight, batched, call.args, needs)
-        if site.round_to == AUTO and site.settings.drop_rate > 0:
-            rate = site.settings.drop_rate
-            ops.announce(site.layer, call.input, weight, batched, call.args, rate, site.allocation, provisional=True)
+        if site.settings.drop_rate > 0:
+            _announce(site, call.input, weight, batched, call.args, needs, provisional=True)
     return output
+
+
+def _announce(site: Site, input, weight, output, args, needs, provisional: bool = False) -> None:
+    if (site.round_to == AUTO or site.allocation.measures) and site.allocation.wants(site.layer):
+        call, s = Call.of(input, weight, output, args, needs), site.settings
+        site.allocation.announce(call.demand(site.layer, s.drop_rate, site.round_to, site.ranking, s.gradients), provisional)
 
 
 def handled() -> bool:
@@ -149,8 +154,7 @@ def _forward(input, weight, bias, args, site, factor):
         _local.handled = previous
     if not site.known:
         _remember(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
-    if site.round_to == AUTO and site.allocation.wants(site.layer):
-        ops.announce(site.layer, input, weight, output, args, site.settings.drop_rate, site.allocation)
+    _announce(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
     return output
 
 

@@ -127,6 +127,7 @@ def test_three_ways_to_the_same_contents(write):
         {"criterion": "l2"},
         {"round_to": 8},
         {"gradients": "weight"},
+        {"profitable": "auto"},
         {"schedule": {}},
         {"schedule": {"period": 3}},
         {"rules": [{"layers": "a", "drop_rate": 0.1}]},

@@ -1,0 +1,166 @@
+"""``profitable: auto`` and the measurements behind it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy, profit
+from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.cost import Call
+from ssprop_fx.profit import Timing, measure, settle
+
+ONE = ConvArgs((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+
+
+def call(channels=16, size=8, **changes) -> Call:
+    made = {
+        "input": (2, 4, size, size), "weight": (channels, 4, 3, 3), "output": (2, channels, size, size), "args": ONE,
+        "needs": (True, True),
+    }  # fmt: skip
+    return Call(**made | changes)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSPROP_CACHE", str(tmp_path))
+    profit._loaded.cache_clear()
+    yield tmp_path
+    profit._loaded.cache_clear()
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """Layers of 3×3 weights pay, of 1×1 weights do not; what was asked is recorded."""
+    asked = []
+
+    def fake(call, keeps, criterion="l1", gradients="all"):
+        asked.append((call, tuple(keeps)))
+        return [Timing(keep, 2.0, 3.0 if call.weight[-1] == 1 else 1.0) for keep in keeps]
+
+    monkeypatch.setattr(profit, "measure", fake)
+    return asked
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 32, 3, padding=1)
+        self.point = nn.Conv2d(32, 16, 1)
+        self.last = nn.Conv2d(16, 8, 3)
+
+    def forward(self, x):
+        return self.last(self.point(self.wide(x)))
+
+
+def sparse_gradients(model, x):
+    model(x).square().sum().backward()
+    return {name: (p.grad.flatten(1) != 0).any(1).sum().item() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def always_sparse(**contents):
+    return Policy(schedule={"kind": "constant", "end": 1.0}, **contents)
+
+
+@pytest.mark.parametrize("round_to", ["auto", 1, 4])
+@pytest.mark.parametrize("front_end", ["transform", "backend"])
+def test_a_layer_that_does_not_pay_stays_dense(timings, front_end, round_to):
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 3, 8, 8)
+    policy = always_sparse(drop_rate=0.5, profitable="auto", round_to=round_to)
+    if front_end == "transform":
+        model = ssprop_fx.transform(model, policy)
+    else:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    kept = {n.removeprefix("_orig_mod."): c for n, c in sparse_gradients(model, x).items()}
+    assert kept == {"wide.weight": 16, "point.weight": 16, "last.weight": 4}
+    assert {c.weight[0] for c, _ in timings} == {32, 16, 8}
+
+
+def test_by_default_nothing_is_timed(timings):
+    model = ssprop_fx.transform(Net(), always_sparse(drop_rate=0.5))
+    assert sparse_gradients(model, torch.randn(2, 3, 8, 8))["point.weight"] == 8
+    assert not timings
+
+
+def test_each_phase_is_judged_and_a_step_asks_only_once(timings):
+    policy = Policy(drop_rate=0.5, profitable="auto", round_to=1, schedule={"kind": "bar", "period": 2, "clock": "manual"})
+    model, x = ssprop_fx.transform(Net(), policy), torch.randn(2, 3, 8, 8)
+    model(x).sum().backward()
+    assert not timings  # a dense phase has nothing to judge
+    policy.step()
+    for _ in range(3):
+        model(x).sum().backward()
+    assert len(timings) == 3 + 2  # and the layers that are left once more, since leaving one out may move their counts
+
+
+def test_what_does_not_pay_has_no_part_in_the_rounding_budget(timings):
+    demands = [call(256).demand("a", 0.8), call(256, weight=(256, 4, 1, 1)).demand("b", 0.8)]
+    counts, losses = settle(demands, measured=True)
+    assert counts["b"] == 256
+    assert list(losses) == ["b"]
+    assert abs(counts["a"] / 256 - 0.2) < 0.02 * 0.2 + 1 / 256
+
+
+def test_a_ranking_that_saves_nothing_is_not_judged(timings):
+    demand = call(weight=(16, 4, 1, 1)).demand("a", 0.5, 1, "l1 over space")
+    assert settle([demand], measured=True) == ({"a": 8}, {})
+
+
+def test_a_layer_that_cannot_be_timed_follows_the_policy(monkeypatch, caplog):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(profit, "measure", fail)
+    assert settle([call().demand("a", 0.5, 1)], measured=True) == ({"a": 8}, {})
+    assert "a could not be timed: no memory" in caplog.text
+
+
+def test_measurements_are_made_once_and_kept_in_a_file(folder, monkeypatch):
+    state = torch.get_rng_state()
+    first = measure(call(), [4, 8])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [t.keep for t in first] == [4, 8]
+    assert all(t.dense > 0 and t.sparse > 0 for t in first)
+    (file,) = folder.iterdir()
+    assert len(json.loads(file.read_text())["seconds"]) == 2
+
+    profit._loaded.cache_clear()  # another process
+    monkeypatch.setattr(profit, "take_turns", None)
+    assert measure(call(), [8, 4]) == first[::-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 9}, {"channels": 32}, {"needs": (False, True)}, {"channels_last": True}, {"dtype": torch.float64},
+        {"args": ONE._replace(dilation=(2, 2), padding=(2, 2))},
+    ],
+)  # fmt: skip
+def test_another_layer_is_another_measurement(changes):
+    assert profit._name(call(), 4, "l1", "all") != profit._name(call(**changes), 4, "l1", "all")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"seconds": 3}'])
+def test_a_damaged_file_is_measured_anew(folder, text):
+    measure(call(), [4])
+    (file,) = folder.iterdir()
+    file.write_text(text)
+    profit._loaded.cache_clear()
+    assert measure(call(), [4])[0].dense > 0
+    assert json.loads(file.read_text())["seconds"]
+
+
+def test_a_folder_that_cannot_be_written_loses_only_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SSPROP_CACHE", str(tmp_path / "file" / "folder"))
+    assert measure(call(), [4])[0].sparse > 0
+
+
+def test_tensors_have_the_layout_and_type_of_the_call():
+    made = profit._random(call(dtype=torch.bfloat16, channels_last=True), (2, 4, 8, 8))
+    assert made.dtype == torch.bfloat16
+    assert made.is_contiguous(memory_format=torch.channels_last)
