@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ._compat import in_backward, is_compiled
 from .allocation import Allocation, observers
@@ -141,6 +142,32 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     return Measurement(counter.count, sparse, by_rule, dict(seen), *flops, layers)
 
 
+def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[tuple, dict]]:
+    """What submodules are called with in a forward pass, the first time; nothing of the model is changed.
+
+    Args:
+        names: of the submodules; the empty string for the model.
+
+    Returns:
+        Name → positional and keyword arguments, tensors without data on the device ``meta``; those that are not called
+        are left out.
+    """
+    copied = _forced(model, 0.0)
+    found: dict[str, tuple[tuple, dict]] = {}
+
+    def blank(value: Any) -> Any:
+        return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+    def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.setdefault(name, tree_map(blank, (args, kwargs)))
+
+    for name in names:
+        copied.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
+    with _undone(model), torch.no_grad():
+        _call(copied, example_inputs)
+    return found
+
+
 def _measured(record: Transformation, met: Any, seen: Mapping[str, int]) -> dict[str, MeasuredLayer]:
     """The layers of ``record`` with the calls that its copy ``met`` saw, functional ones that only that has met included."""
     layers = {}
@@ -201,13 +228,13 @@ def _undone(model: nn.Module) -> Iterator[None]:
 
 def _step(model: nn.Module, example_inputs: Any) -> None:
     with torch.enable_grad():
-        if isinstance(example_inputs, Mapping):
-            outputs = model(**example_inputs)
-        elif isinstance(example_inputs, (tuple, list)):
-            outputs = model(*example_inputs)
-        else:
-            outputs = model(example_inputs)
-        scalar_loss(outputs).backward()
+        scalar_loss(_call(model, example_inputs)).backward()
+
+
+def _call(model: nn.Module, example_inputs: Any) -> Any:
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
 
 
 def scalar_loss(outputs: Any) -> Tensor:

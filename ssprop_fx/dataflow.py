@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Capture:
         title: ``model``, the name of a submodule, or ``graph 0``.
         stages: by name; the first is the graph before any pass, the second after them.
         layers: name of a node of the first stage → layer, for the convolutions.
-        module_of: node of the first stage → name of the module that it is a call of, or that makes the call.
+        modules: name of a node of the first stage → name of the module that it is a call of, or that makes the call.
         shapes: name of a node → shape of its output, where the nodes do not hold it.
         current: False for a graph that a training step does not run any more, or that only evaluation runs.
     """
@@ -41,7 +41,7 @@ class Capture:
     title: str
     stages: Mapping[str, GraphModule]
     layers: Mapping[str, str]
-    module_of: Callable[[Node], str]
+    modules: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     current: bool = True
 
@@ -107,7 +107,7 @@ def operations(capture: Capture, parameters: bool = False) -> list[Operation]:
                 node.name,
                 node.op,
                 _target(before, node, code),
-                "" if node.op in ("placeholder", "output") else capture.module_of(node),
+                "" if node.op in ("placeholder", "output") else capture.modules.get(node.name, ""),
                 tuple(i.name for i in inputs),
                 shape,
                 layer,
@@ -165,12 +165,12 @@ def shapes_of(graph_module: GraphModule, inputs: Sequence[Any], names: Mapping[s
                 found[n.name] = tuple(result.shape)
             return result
 
-    placeholders = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
-    given = dict(zip(placeholders, inputs, strict=False)) | dict(names)
+    placeholders = {str(n.target): n.args[0] if n.args else None for n in graph_module.graph.find_nodes(op="placeholder")}
+    given = placeholders | dict(zip(placeholders, inputs, strict=False)) | dict(names)
     try:
         with torch.no_grad():
             Shapes(graph_module, garbage_collect_values=True).run(
-                *(v.to("meta") if isinstance(v := given.get(name), Tensor) else v for name in placeholders)
+                *(v.to("meta") if isinstance(v := given[name], Tensor) else v for name in placeholders)
             )
     except Exception as problem:  # the model's own operations run on meta tensors, which may raise anything
         logger.debug("no shapes from here on: %s", problem)
@@ -198,11 +198,12 @@ def statements(graph_module: GraphModule) -> dict[str, str]:
 
 
 _PARAMETER = re.compile(r"\b[lL]_self_(?:modules_)?(\w+?)_(?:parameters|buffers)_(\w+?)_\b")
+_WRAPPER = re.compile(r"^_*dict_*\.")  # modules that Dynamo found in self.__dict__
 _CHILD = re.compile(r"getattr\((self[\w.]*), \"(\w+)\"\)")
 
 
 def _readable(code: str) -> str:
-    code = _PARAMETER.sub(lambda m: f"self.{m[1].replace('_modules_', '.')}.{m[2]}", code)
+    code = _PARAMETER.sub(lambda m: f"self.{_WRAPPER.sub('', m[1].replace('_modules_', '.'))}.{m[2]}", code)
     while _CHILD.search(code):  # getattr(self.layer1, "0").conv1 → self.layer1.0.conv1
         code = _CHILD.sub(r"\1.\2", code)
     return code

@@ -15,7 +15,7 @@ from ._compat import is_compiled
 from .allocation import Allocation
 from .convolutions import ConvArgs, conv_kinds, spec_of_module
 from .cost import Call, as_number, total_bytes, total_flops
-from .coverage import MeasuredLayer, Measurement, measure
+from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .masking import is_masked
@@ -225,7 +225,10 @@ def _of_transformed(
 
     @functools.cache
     def captures() -> list[Capture]:
-        return compiled_captures or [_traced_capture(t, layers, example_inputs) for t in traced()]
+        if compiled_captures or example_inputs is None:
+            return compiled_captures or [_traced_capture(t, layers, None) for t in traced()]
+        arguments = arguments_of(model, [t.name for t in traced()], example_inputs)
+        return [_traced_capture(t, layers, arguments.get(t.name)) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
     demands = record.allocation.demands
@@ -238,15 +241,12 @@ def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[_Use, ...]:
     return (_Use(site.call),) if site.call is not None else ()
 
 
-def _traced_capture(traced: TracedModule, layers: Mapping[str, _Layer], example_inputs: Any) -> Capture:
+def _traced_capture(traced: TracedModule, layers: Mapping[str, _Layer], arguments: tuple[Any, Any] | None) -> Capture:
     prefix = f"{traced.name}." if traced.name else ""
     graphs = {name.rpartition("/")[2]: graph for name, graph in traced.graphs().items()}
     before = traced.traced
     named = {n.name: f"{prefix}{n.target}" for n in before.graph.find_nodes(op="call_module")}
-    shapes: dict[str, tuple[int, ...]] = {}
-    if example_inputs is not None and not prefix:
-        positional, names = _arguments(example_inputs)
-        shapes = shapes_of(before, positional, names)
+    shapes = shapes_of(before, *arguments) if arguments else {}
     seen: dict[str, int] = {}
     of_node = {}
     for node, layer in named.items():
@@ -257,21 +257,13 @@ def _traced_capture(traced: TracedModule, layers: Mapping[str, _Layer], example_
                 shapes.setdefault(node, uses[nth].call.output)
     title = next(iter(traced.graphs())).rpartition("/")[0]
 
-    def module_of(node: Node) -> str:
-        return named.get(node.name) or f"{prefix}{_innermost(node)}".rstrip(".")
-
-    return Capture(title, graphs, of_node, module_of, shapes)
+    modules = {n.name: named.get(n.name) or f"{prefix}{_innermost(n)}".rstrip(".") for n in before.graph.nodes}
+    return Capture(title, graphs, of_node, modules, shapes)
 
 
 def _innermost(node: Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]) if stack else ""
-
-
-def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    return (example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
 # --- compiled models
@@ -427,7 +419,8 @@ def _record_capture(title: str, record: GraphRecord) -> Capture:
         stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())
         return next((path(key, str(entry[0])) for key, entry in stack), "")
 
-    return Capture(title, record.stages(), layers, module_of)
+    modules = {node.name: module_of(node) for node in record.captured.graph.nodes}  # now, while the model is there
+    return Capture(title, record.stages(), layers, modules)
 
 
 __all__ = ["Report", "Row", "inspect"]

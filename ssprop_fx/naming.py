@@ -100,6 +100,7 @@ def plain_name(name: str) -> str:
 def plain_text(text: str) -> str:
     """Dynamo's text for a module, ``L['self']._modules['layer1']…`` → ``layer1…``; the last resort."""
     text = re.sub(r"^[LG]\['[^']*'\]", "", text)
+    text = text.replace(".__dict__['_modules']", "._modules")
     text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", text)
     text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text)
     parts = [part for part in text.split(".") if part]

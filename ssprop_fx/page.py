@@ -76,14 +76,14 @@ def page_data(report: Report) -> dict[str, Any]:
 
 
 def _units(report: Report) -> tuple[list[list[int]], dict[str, int]]:
-    """[layer, dense FLOPs, channels] of every call, and where those of a layer begin."""
+    """[layer, dense FLOPs, channels, bytes of the output's gradient] of every call, and where those of a layer begin."""
     units: list[list[int]] = []
     first: dict[str, int] = {}
     for i, row in enumerate(report.rows):
         calls = report.calls.get(row.layer)
         if calls:
             first[row.layer] = len(units)
-            units += [[i, call.flops(), call.channels] for call in calls]
+            units += [[i, call.flops(), call.channels, call.grad_bytes()] for call in calls]
     return units, first
 
 
@@ -91,14 +91,18 @@ def _phase(report: Report, factor: float, units: Sequence[Sequence[int]]) -> dic
     kept = report.kept_at(factor)
     counts: list[int] = []
     flops: list[int] = []
+    memory: list[int] = []
     for row in report.rows:
         calls: Sequence[Call] = report.calls.get(row.layer, ())
         keep = kept.get(row.layer, [c.channels for c in calls])
         counts += keep
         masked = is_masked(row.criterion)
-        flops += [call.flops(None if masked else k, row.gradients) for call, k in zip(calls, keep, strict=True)]
+        for call, k in zip(calls, keep, strict=True):
+            used = None if masked else k
+            flops.append(call.flops(used, row.gradients))
+            memory.append(call.grad_bytes(used, row.gradients))
     assert len(counts) == len(units)
-    return {"factor": factor, "kept": counts, "flops": flops}
+    return {"factor": factor, "kept": counts, "flops": flops, "memory": memory}
 
 
 def _steps(report: Report) -> list[tuple[int, int, float]]:

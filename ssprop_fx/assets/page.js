@@ -13,6 +13,11 @@ const flops = (n) => {
     if (n >= size * 0.9995) return `${(n / size).toPrecision(3)} ${unit}`;
   return `${Math.round(n)}`;
 };
+const bytes = (n) => {
+  for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]])
+    if (n >= size * 0.9995) return `${(n / size).toPrecision(3)} ${unit}`;
+  return `${Math.round(n)} B`;
+};
 const percent = (share) => `${share > 0 ? "−" : share < 0 ? "+" : ""}${Math.abs(100 * share).toFixed(1)} %`;
 const dims = (shape) => (shape ? (shape.length ? shape.join("\u200a×\u200a") : "scalar") : "");
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
@@ -366,6 +371,8 @@ function describe(it) {
   if (it.dense) {
     const sum = now(it);
     fact("Backward", `${flops(sum)}FLOP of ${flops(it.dense)}FLOP, ${percent(1 - sum / it.dense)}`);
+    const read = it.units.reduce((total, u) => total + data.phases[phase].memory[u], 0);
+    fact("Gradient read", `${bytes(read)} of ${bytes(it.units.reduce((total, u) => total + data.units[u][3], 0))}`);
   }
   if (layer) {
     const factor = data.phases[phase].factor;
@@ -381,7 +388,9 @@ function describe(it) {
     }
   }
   detail.append(facts);
-  if (layer && layer.reason) detail.append(el("p", { class: "notice" }, `Dense: ${layer.reason}`));
+  const all = layer && layer.rate && it.units.length && it.units.every((u) => data.phases[phase].kept[u] === data.units[u][2]);
+  const reason = layer && (layer.reason || (all && (data.phases[phase].factor ? "rounded up to all channels" : "factor 0 at this step")));
+  if (reason) detail.append(el("p", { class: "notice" }, `Dense: ${reason}`));
   if (!group) {
     if (it.node.after) {
       detail.append(el("h3", {}, "Before"), codeBlocks(it.node.code, "gone"), el("h3", {}, "After"), codeBlocks(it.node.after, "new"));
