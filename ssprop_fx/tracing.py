@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 
-from .calls import forward_names
 from .convolutions import spec_of_module
 from .naming import plain_name
 from .passes import Convolution, Decision, Sparsify, find_convolutions, verify
+from .reach import forward_names
 from .sharing import shared_copy
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from torch import nn
 
 from ._compat import is_compiled
 from .allocation import Allocation
-from .calls import CallSites, functional_name, may_call_convolution, run_intercepted
+from .calls import CallSites, functional_name, run_intercepted
 from .convolutions import CONVOLUTIONS, LINEAR, ConvSpec, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
 from .policy import KINDS, Policy, Settings
+from .reach import may_call_convolution
 from .sharing import shared_copy
 from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
 
@@ -149,7 +150,8 @@ def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
 
 def functional_callers(model: nn.Module) -> set[str]:
     """Names of the modules whose forward may call a convolution function."""
-    return {name for name, module in _containers(model) if may_call_convolution(module)}
+    tree = frozenset(map(id, model.modules()))
+    return {name for name, module in _containers(model) if may_call_convolution(module, tree)}
 
 
 def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:

@@ -1,0 +1,239 @@
+"""Whether a module's forward could call a convolution function: read off the code, before anything runs.
+
+:func:`may_call_convolution` follows what the forward mentions by name: functions of its module and of others, methods of the
+modules and of the plain objects that it holds, what lies in tables, defaults and closures. When it cannot tell, it says yes,
+which costs time and never an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Iterator, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
+
+_Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
+
+# Whoever mentions one of these may call a convolution, or anything.
+_NAMES = frozenset(spec.name for spec in SPEC_OF_FUNCTION.values()) | {"_conv_forward", "convolution", "_convolution"}
+_CLASSES = frozenset(spec.module.__name__ for spec in SPEC_OF_FUNCTION.values())
+_ANYTHING = frozenset({"eval", "exec"})
+
+_CONTAINERS = (list, tuple, set, frozenset, dict, types.MappingProxyType)
+_DEPTH = 3  # of plain objects and containers within each other
+
+
+def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> bool:
+    """Whether the module's own forward (not its children's) could call a convolution function.
+
+    A convolution module that computes through ``_conv_forward`` does not count: that call is its own.
+
+    Args:
+        tree: ids of all modules of the model, which are looked at one by one; other modules that this one refers to belong
+            to it.
+    """
+    if "forward" in vars(module):
+        return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
+    inside = list(module.modules())
+    known = tree | {id(m) for m in inside}
+    stored = [value for value in _stored(vars(module).values(), _DEPTH) if id(value) not in known]
+    held = {type(value) for value in (*inside, *stored)}
+    cls: Any = type(module)
+    if _reaches([(value, None) for value in stored], frozenset()):
+        return True
+    return _class_reaches(cls, frozenset(c for c in held if not _is_torch(c) and c is not cls))
+
+
+def forward_names(module: nn.Module) -> frozenset[str]:
+    """Every name that the code of the module's forward mentions (not what it calls)."""
+    code = getattr(type(module).forward, "__code__", None)
+    return _names_and_strings(code)[0] if code is not None else frozenset()
+
+
+@functools.cache
+def _class_reaches(cls: type, held: frozenset[type]) -> bool:
+    return _reaches([(cls.forward, cls)], held)  # type: ignore[attr-defined]
+
+
+def _stored(values: Any, depth: int) -> Iterator[Any]:
+    """Functions, plain objects and modules among some values, and in the containers and plain objects among them."""
+    for value in values:
+        if _is_code(value) or isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, _CONTAINERS):
+            if depth:
+                yield from _stored(value.values() if hasattr(value, "values") else value, depth - 1)
+        elif not isinstance(value, (type, torch.Tensor)) and type(value).__module__ != "builtins":
+            yield value
+            if depth and not _is_torch(type(value)):
+                yield from _stored(getattr(value, "__dict__", {}).values(), depth - 1)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
+
+
+def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
+    """Whether any of these values is, or can come to call, a convolution function."""
+    seen: set[Any] = set()
+    while todo:
+        value, cls = todo.pop()
+        if isinstance(value, functools.partial):
+            todo += [(v, cls) for v in (value.func, *value.args, *value.keywords.values())]
+        elif isinstance(value, types.MethodType):
+            todo.append((value.__func__, type(value.__self__)))
+        elif isinstance(value, (staticmethod, classmethod)):
+            todo.append((value.__func__, cls))
+        elif isinstance(value, types.BuiltinFunctionType):
+            if value in SPEC_OF_FUNCTION or value.__name__ in _NAMES:
+                return True
+        elif isinstance(value, types.FunctionType):
+            if (value.__code__, cls) not in seen and not _is_foreign(value):
+                seen.add((value.__code__, cls))
+                if _mentions_convolution(value, cls):
+                    return True
+                todo += _successors(value, cls, held)
+        elif isinstance(value, nn.Module):  # one that is no part of the model
+            if any(spec_of_module(m) is not None for m in value.modules()):
+                return True
+            todo += [(type(m).forward, type(m)) for m in value.modules()]
+        elif isinstance(value, type):
+            if issubclass(value, nn.Module) and value not in held:  # made in the forward, it may be
+                todo += [(value.forward, value), (value.__init__, value)]
+        elif value.__class__ is torch._ops.OpOverload or value.__class__ is torch._ops.OpOverloadPacket:
+            if value in GENERAL or any(str(value).startswith(f"aten.{name}") for name in _NAMES):
+                return True
+        elif isinstance(wrapped := inspect.getattr_static(value, "__wrapped__", None), types.FunctionType):
+            todo.append((wrapped, cls))
+        elif not isinstance(value, torch.Tensor) and not _is_torch(type(value)):
+            todo += [(v, type(value)) for v in _members(type(value), "__call__") if isinstance(v, types.FunctionType)]
+    return False
+
+
+def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
+    names, strings = _names_and_strings(function.__code__)
+    if names & _NAMES and not (names & _NAMES == {"_conv_forward"} and _is_conv_class(cls)):
+        return True
+    if names & _ANYTHING or names & _CLASSES:
+        return True
+    return "getattr" in names and (any(s.startswith("conv") for s in strings) or _looks_up_in_torch(function))
+
+
+def _looks_up_in_torch(function: types.FunctionType) -> bool:
+    """Whether the code says ``getattr(F, …)``, with a module of torch for ``F``."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        loads = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
+        for name, argument in itertools.pairwise(loads):
+            found = function.__globals__.get(argument) if name == "getattr" and isinstance(argument, str) else None
+            if isinstance(found, types.ModuleType) and found.__name__.partition(".")[0] == "torch":
+                return True
+    return False
+
+
+def _successors(function: types.FunctionType, cls: type | None, held: frozenset[type]) -> Iterator[_Reached]:
+    """What a function may call, each with the class that it is a member of."""
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    yield from ((value, cls) for value in (*values, *_stored(values, _DEPTH)) if not isinstance(value, _CONTAINERS))
+    names, _ = _names_and_strings(function.__code__)
+    for name in names:
+        yield from _resolve(name, function, cls, names, held)
+
+
+def _resolve(
+    name: str, function: types.FunctionType, cls: type | None, names: frozenset[str], held: frozenset[type]
+) -> Iterator[_Reached]:
+    found = function.__globals__.get(name)
+    if found is None:  # imported inside the function, it may be
+        found = sys.modules.get(name) or sys.modules.get(f"{(function.__module__ or '').rpartition('.')[0]}.{name}")
+    if isinstance(found, types.ModuleType):
+        if not found.__name__.startswith("torch.") and found.__name__ != "torch":
+            for value in (_of_module(found, n) for n in names):
+                yield from _global(value, cls, names)
+    elif found is not None:
+        yield from _global(found, cls, names)
+    if cls is not None:
+        yield from ((value, cls) for member in _members(cls, name) for value in _with_items(member))
+    if name not in ("forward", "__init__"):  # a module's own forward is a matter of its own
+        yield from ((value, other) for other in held for member in _members(other, name) for value in _with_items(member))
+
+
+def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Reached]:
+    """What a value that a function knows by name may lead to; ``names`` are those that the function mentions."""
+    if isinstance(value, _CONTAINERS):
+        yield from ((item, cls) for item in _with_items(value))
+    elif isinstance(value, type) and not issubclass(value, (nn.Module, torch.autograd.Function)):
+        if not _is_torch(value):
+            yield from ((v, value) for n in (*names, "__init__", "__call__") for v in _members(value, n))
+    elif value is not None and not isinstance(value, types.ModuleType):
+        yield value, cls
+        if not _is_code(value) and not isinstance(value, (nn.Module, type)) and not _is_torch(type(value)):
+            yield from ((v, type(value)) for n in names for v in _members(type(value), n))
+            yield from ((item, None) for item in _stored(getattr(value, "__dict__", {}).values(), _DEPTH))
+
+
+def _with_items(value: Any) -> list[Any]:
+    return list(_stored([value], _DEPTH)) if isinstance(value, _CONTAINERS) else [value]
+
+
+def _of_module(module: types.ModuleType, name: str) -> Any:
+    """A module's attribute; one that would import what is not installed has none."""
+    try:
+        return getattr(module, name, None)
+    except Exception:  # a module's own __getattr__ may raise anything
+        return None
+
+
+def _members(cls: type, name: str) -> Iterator[Any]:
+    for klass in cls.__mro__:
+        if klass is not nn.Module and name in vars(klass):
+            value = vars(klass)[name]
+            yield value.fget if isinstance(value, property) else value
+
+
+@functools.cache
+def _names_and_strings(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    names: set[str] = set(code.co_names)
+    strings: set[str] = set()
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            inner_names, inner_strings = _names_and_strings(const)
+            names |= inner_names
+            strings |= inner_strings
+        elif isinstance(const, str):
+            strings.add(const)
+    return frozenset(names), frozenset(strings)
+
+
+def _is_torch(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or ""
+    return module == "torch" or module.startswith("torch.")
+
+
+def _is_foreign(function: types.FunctionType) -> bool:
+    """Whether nothing of interest is behind a function of the standard library, or of torch: its own modules and functionals
+    call a convolution only through ``_conv_forward``.
+    """
+    return _is_torch(function) or (function.__module__ or "").partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_conv_class(cls: type | None) -> bool:
+    return cls is not None and issubclass(cls, nn.modules.conv._ConvNd)
+
+
+__all__ = ["forward_names", "may_call_convolution"]

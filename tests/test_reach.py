@@ -1,0 +1,237 @@
+"""Functional convolutions are found wherever a forward may get them from, and modules without any are left alone."""
+
+import types
+
+import functional_helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from functional_helpers import Projector
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy
+from ssprop_fx.coverage import measure
+from ssprop_fx.reach import may_call_convolution
+
+TABLE = {"relu": F.relu, "conv": F.conv2d}
+NESTED = [[F.relu, (F.conv2d,)]]
+PROJECTOR = Projector()
+
+
+class Operations:
+    @staticmethod
+    def static(x, w):
+        return F.conv2d(x, w)
+
+    @classmethod
+    def of_class(cls, x, w):
+        return cls.static(x, w)
+
+
+class Free(nn.Module):
+    """A module that is no part of a model."""
+
+    def forward(self, x, w):
+        return F.conv2d(x, w)
+
+
+FREE = Free()
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+
+class StaticMethod(Base):
+    def forward(self, x):
+        return Operations.static(x, self.weight)
+
+
+class ClassMethod(Base):
+    def forward(self, x):
+        return Operations.of_class(x, self.weight)
+
+
+class MadeAndCalled(Base):
+    def forward(self, x):
+        return Projector()(x, self.weight)
+
+
+class MadeElsewhere(Base):
+    def forward(self, x):
+        return functional_helpers.Projector().run(x, self.weight)
+
+
+class GlobalObject(Base):
+    def forward(self, x):
+        return PROJECTOR.run(x, self.weight)
+
+
+class GlobalTable(Base):
+    def forward(self, x):
+        return TABLE["conv"](x, self.weight)
+
+
+class GlobalNested(Base):
+    def forward(self, x):
+        return NESTED[0][1][0](x, self.weight)
+
+
+class ClassTable(Base):
+    table = {"conv": F.conv2d}  # noqa: RUF012
+
+    def forward(self, x):
+        return self.table["conv"](x, self.weight)
+
+
+class Default(Base):
+    def forward(self, x, operation=F.conv2d):
+        return operation(x, self.weight)
+
+
+class Namespace(Base):
+    def __init__(self):
+        super().__init__()
+        self.box = types.SimpleNamespace(operation=F.conv2d)
+
+    def forward(self, x):
+        return self.box.operation(x, self.weight)
+
+
+class ObjectInObject(Base):
+    def __init__(self):
+        super().__init__()
+        self.box = types.SimpleNamespace(projector=Projector())
+
+    def forward(self, x):
+        return self.box.projector.run(x, self.weight)
+
+
+class NestedList(Base):
+    def __init__(self):
+        super().__init__()
+        self.operations = [[F.relu, F.conv2d]]
+
+    def forward(self, x):
+        return self.operations[0][1](x, self.weight)
+
+
+class Inherited(StaticMethod):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Property(Base):
+    @property
+    def operation(self):
+        return F.conv2d
+
+    def forward(self, x):
+        return self.operation(x, self.weight)
+
+
+class GlobalModule(Base):
+    def forward(self, x):
+        return FREE(x, self.weight)
+
+
+class ModuleMadeInForward(Base):
+    def forward(self, x):
+        return Free()(x, self.weight)
+
+
+class ConvolutionMadeInForward(Base):
+    def forward(self, x):
+        layer = nn.Conv2d(3, 8, 3, bias=False)
+        layer.weight = self.weight
+        return layer(x)
+
+
+class HiddenModule(Base):
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "hidden", Free())
+
+    def forward(self, x):
+        return self.hidden(x, self.weight)
+
+
+class HiddenConvolution(Base):
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.Conv2d(3, 8, 3, bias=False)]
+        self.hidden[0].weight = self.weight
+
+    def forward(self, x):
+        return self.hidden[0](x)
+
+
+class DynamicName(Base):
+    def forward(self, x):
+        return getattr(F, "".join(["con", "v2d"]))(x, self.weight)
+
+
+class Evaluated(Base):
+    def forward(self, x):
+        return eval("F.conv2d(x, self.weight)")
+
+
+CALLERS = [c for c in vars().copy().values() if isinstance(c, type) and issubclass(c, Base) and c is not Base]
+
+
+@pytest.mark.parametrize("caller", CALLERS, ids=lambda c: c.__name__)
+def test_functional_convolution_is_found(caller):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    original = nn.Sequential(caller())
+    model = ssprop_fx.transform(original, Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"}))
+    assert torch.equal(model(x), original(x))
+    measured = measure(model, x)
+    assert (measured.sparse, measured.dense) == (1, 1)
+
+
+class Forbidding:
+    """An object that stands for something which is not installed."""
+
+    def __getattr__(self, name):
+        raise ImportError(name)
+
+
+MISSING = Forbidding()
+LAZY = types.ModuleType("lazy")
+LAZY.__getattr__ = MISSING.__getattr__  # type: ignore[method-assign]
+
+
+class Optional(nn.Module):
+    """Has what it needs only in some installations."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.missing = nn.Conv2d(3, 8, 3), MISSING
+
+    def forward(self, x):
+        if x.dim() == 7:
+            x = MISSING.operation(LAZY.operation(self.missing(x)))
+        return self.conv(x)
+
+
+class Checked(nn.Module):
+    """Refers to its children's class and to functions of the standard library, and calls no function that convolves."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Optional()
+
+    def forward(self, x):
+        if not isinstance(self.inner, Optional):
+            raise TypeError
+        types.SimpleNamespace(x=x)
+        return F.relu(self.inner(x))
+
+
+@pytest.mark.parametrize("module", [Optional, Checked, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
+def test_module_without_functional_convolutions_is_left_alone(module):
+    assert not may_call_convolution(module())
