@@ -49,7 +49,7 @@ def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd as implementation
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return implementation(partition_fn=min_cut_rematerialization_partition, **kwargs)
+    return implementation(partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True, **kwargs)
 
 
 def make_boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,8 +49,9 @@ from .passes import (
 )
 from .passes.lower_backward import backward_nodes
 from .passes.verify import rewritten_layers
-from .policy import Policy
+from .policy import Policy, Settings
 from .profit import Timing, settle
+from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
 from .transform import as_policy, assign_checked, transformation_of
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class GraphRecord:
         captured: the graph as Dynamo handed it over, before any pass.
         rewritten: after the passes.
         decisions: one per convolution, in the graph's order.
+        roots: the models that the graph's modules belong to.
         forward: the forward graph that the compiler behind got; None before it did.
         backward: the backward graph with its ``ssprop.conv_backward`` nodes.
         lowered: kept counts by node of a phase → the backward graph as lowered for it.
@@ -73,12 +75,14 @@ class GraphRecord:
         number: running number of the graph in this process.
         forward_compiles: how often the forward was compiled.
         seconds: compile times, ``forward`` and one entry per phase.
+        shared: the further modules that the code has run for.
     """
 
     captured: GraphModule
     rewritten: GraphModule
     decisions: list[Decision]
     roots: list[weakref.ref]
+    shared: SharedCode
     forward: GraphModule | None = None
     backward: GraphModule | None = None
     lowered: dict[tuple[int, ...], GraphModule] = field(default_factory=dict)
@@ -96,6 +100,16 @@ class GraphRecord:
     def layers(self) -> set[str]:
         """The layers with a convolution in the graph."""
         return {d.convolution.layer for d in self.decisions}
+
+    def serves(self, root: torch.nn.Module) -> bool:
+        """Whether the graph has modules of the model ``root``, or has run for some."""
+        return any(ref() is root for ref in (*self.roots, *(i.root for i in self.shared.instances)))
+
+    def names_of(self, decision: Decision, root: torch.nn.Module) -> Iterator[tuple[str, Settings]]:
+        """The layers of the model ``root`` that the decision's convolution stands for, with their settings."""
+        if any(ref() is root for ref in self.roots):
+            yield decision.convolution.layer, decision.settings
+        yield from self.shared.names_of(decision.convolution.layer, root)
 
     def stages(self) -> dict[str, GraphModule]:
         """The graphs by stage, in the order in which they were made."""
@@ -148,12 +162,7 @@ def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
 
     Where the model was compiled more than once, those of the newest policy.
     """
-    found = [
-        (policy, record)
-        for policy, state in list(_states.items())
-        for record in state.records
-        if any(ref() is model for ref in record.roots)
-    ]
+    found = [(policy, record) for policy, state in list(_states.items()) for record in state.records if record.serves(model)]
     found.sort(key=lambda pair: pair[1].number)
     return [pair for pair in found if pair[0] is found[-1][0]]
 
@@ -185,6 +194,17 @@ def ssprop(
     if inner not in _INNER:
         raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
     rewritten, record = rewrite(graph_module, _resolve(policy))
+    return record.shared.guard(_compile(rewritten, example_inputs, record, inner, settings, mode))
+
+
+def _compile(
+    rewritten: GraphModule,
+    example_inputs: Sequence[Any],
+    record: GraphRecord,
+    inner: str,
+    settings: dict[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
     if inner == "eager":
         return rewritten
     bw_compiler = functools.partial(PhaseDispatcher, record)
@@ -232,14 +252,20 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     if transformed is None:
         _check_rules(names.roots.values(), policy, state)
     decisions: list[Decision] = []
+    inputs = GraphInputs(graph_module)
+    anchors: list[Anchor] = []
     for graph, found in zip(graphs, convolutions, strict=True):
         assigned = assign_policy(found, policy) if transformed is None else []
+        anchors += find_anchors(graph, assigned, names.owners, inputs)
         chosen = [d for d in assigned if d.sparse or d.convolution.spec is not LINEAR]
         already = rewritten_layers(graph)
         Sparsify(chosen, state.allocation.handle)(graph)
         verify(graph, chosen, already)
         decisions += chosen
-    record = GraphRecord(captured, _copy(graph_module), decisions, [weakref.ref(r) for r in names.roots.values()])
+    roots = [weakref.ref(root) for root in names.roots.values()]
+
+    shared = SharedCode(anchors, policy, names.index, lambda root: _check_rules([root], policy, state))
+    record = GraphRecord(captured, _copy(graph_module), decisions, roots, shared)
     record.frame = current_frame()
     state.records.append(record)
     logger.info(

@@ -18,10 +18,10 @@ from ._compat import in_backward, is_compiled
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
-from .errors import SSPropError
+from .errors import SSPropError, TransformError
 from .policy import Policy, Settings
 from .sharing import shared_copy
-from .transform import Transformation, transformation_of
+from .transform import Transformation, transform, transformation_of
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
@@ -51,6 +51,7 @@ class Measurement:
             grouped; here it is counted as what it is).
         backward_flops: of the dense step's backward pass, counted in the same way.
         layers: what a transformed model's dense step made of each layer, calls in order.
+        missed: layer → how many of its convolution backwards no captured graph holds, the function's name, kinds.
     """
 
     dense: int
@@ -61,6 +62,7 @@ class Measurement:
     step_flops: int = 0
     backward_flops: int = 0
     layers: dict[str, MeasuredLayer] = field(default_factory=dict, repr=False)
+    missed: dict[str, tuple[int, str, frozenset[str]]] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -73,6 +75,7 @@ class Measurement:
             "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
             "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops,
             "backward_flops": self.backward_flops, "step_flops": self.step_flops,
+            "missed": {layer: calls for layer, (calls, *_) in self.missed.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -132,14 +135,50 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     seen: Counter[str] = Counter()
     with _undone(user_model), _observing(seen.update):
         _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
-    layers = _measured(record, transformation_of(dense_model), seen) if record else {}
     for name, module in user_model.named_modules():
         if isinstance(module, nn.Linear):
             del seen[name]  # rewritten, but no convolution
-    by_rule = sum(n for layer, n in seen.items() if layer in layers and layers[layer].settings.drop_rate == 0)
-    sparse = sum(seen.values()) - by_rule
     flops = counter.conv_flops, counter.flops, counter.backward_flops
-    return Measurement(counter.count, sparse, by_rule, dict(seen), *flops, layers)
+    if record is not None:
+        layers = _measured(record, transformation_of(dense_model), seen)
+        by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
+        return Measurement(counter.count, seen.total() - by_rule, by_rule, dict(seen), *flops, layers)
+    made, kinds = _made(user_model, example_inputs)
+    dense_layers = _under_shared_names(user_model, seen, made)
+    by_rule = sum(made[layer] for layer in dense_layers)
+    missed = {n: (count - seen[n], *kinds[n]) for n, count in made.items() if count > seen[n] and n not in dense_layers}
+    return Measurement(counter.count, seen.total(), by_rule, dict(seen), *flops, missed=missed)
+
+
+def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dict[str, tuple[str, frozenset[str]]]]:
+    """The convolution backwards of a step by layer, function and kinds of each layer, as ``transform`` would find them."""
+    made: Counter[str] = Counter()
+    try:
+        model = transform(shared_copy(user_model), Policy(drop_rate=0.5, schedule={"kind": "constant"}))
+    except TransformError:  # compiled or scripted parts, which stay as they are
+        return made, {}
+    with _undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
+        _step(model, example_inputs)
+    record = transformation_of(model)
+    assert record is not None
+    return made, {layer: (site.spec.name, site.kinds) for layer, site in record.sites.items()}
+
+
+def _under_shared_names(user_model: nn.Module, seen: Counter[str], made: Counter[str]) -> set[str]:
+    """Names of the layers that a rule keeps dense; what shared code counted for the first of its layers is handed out."""
+    from .backend import records_of
+
+    dense: set[str] = set()
+    for _, record in records_of(user_model):
+        for decision in record.decisions:
+            settings = dict(record.names_of(decision, user_model))
+            dense |= {name for name, s in settings.items() if s.drop_rate == 0}
+            first = decision.convolution.layer
+            for name in settings:
+                given = min(made[name] - seen[name], seen[first] - made[first])
+                if name != first and given > 0:
+                    seen.update({name: given, first: -given})
+    return dense
 
 
 def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[tuple, dict]]:

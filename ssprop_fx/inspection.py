@@ -163,6 +163,8 @@ def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
     reason = "drop rate 0" if settings.drop_rate == 0 else ""
     if not reason and calls and not any(any(c.needs or (True,)) for c in calls):
         reason = "no gradient is computed"
+    if not reason and measurement is not None and name in measurement.missed:
+        reason = f"{measurement.missed[name][0]} of its calls in no captured graph; transform first, then compile, reaches them"
     if not reason and is_masked(settings.ranking):
         reason = "masked, for analysis: saves nothing"
     return Row(
@@ -268,6 +270,8 @@ def _innermost(node: Node) -> str:
 
 # --- compiled models
 
+_OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
+
 
 def _records(model: nn.Module) -> list[GraphRecord]:
     from .backend import records_of
@@ -294,15 +298,21 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
     for record in records:
         for decision in record.decisions:
             c = decision.convolution
-            layers.setdefault(c.layer, _Layer(c.spec.name, c.kinds, "graph", decision.settings, compiled.get(c.layer, ())))
+            for layer, settings in record.names_of(decision, model):
+                layers.setdefault(layer, _Layer(c.spec.name, c.kinds, "graph", settings, compiled.get(c.layer, ())))
     left = []
+    missed = measurement.missed if measurement else {}
     for name, module in model.named_modules():
         spec = spec_of_module(module)
         if spec is not None and name not in layers:
             m: Any = module
             kinds = sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
-            reason = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
+            reason = _OUTSIDE if measurement is None or name in missed else "no backward pass in the measured step"
             left.append(_left_row(name, reason, spec.name, kinds))
+    known = {row.layer for row in left}
+    for name, (_, function, of_kinds) in missed.items():
+        if name not in layers and name not in known:  # functional ones
+            left.append(_left_row(name, _OUTSIDE, function, sorted(of_kinds)))
     captures = _record_captures(records)
     return _report(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
 

@@ -11,7 +11,7 @@ import gc
 import re
 import weakref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ._compat import is_optimized_module
@@ -52,6 +52,14 @@ class ModuleIndex:
             current = parents[0]
         return unwrap(current)
 
+    def holders(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """The live modules that hold a tensor as a parameter or buffer of their own, each with its name there."""
+        found = self._holders(tensor)
+        if not found:
+            self._scan()
+            found = self._holders(tensor)
+        return found
+
     def name(self, module: nn.Module) -> str:
         """Full name of a live module; the empty string for a root."""
         root = self.root(module)
@@ -64,6 +72,16 @@ class ModuleIndex:
     def _alive(self, number: int) -> nn.Module | None:
         ref = self._modules.get(number)
         return ref() if ref is not None else None
+
+    def _holders(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        return [
+            (module, name)
+            for ref in self._modules.values()
+            if (module := ref()) is not None
+            for held in (vars(module).get("_parameters"), vars(module).get("_buffers"))
+            for name, value in (held or {}).items()
+            if value is tensor
+        ]
 
     def _scan(self) -> None:
         self._modules.clear()
@@ -114,17 +132,19 @@ class GraphNames:
 
     Attributes:
         roots: the models that the graph's modules belong to, by identity.
+        owners: layer name → the live module that makes the call.
     """
 
     def __init__(self, index: ModuleIndex | None = None) -> None:
         self.index = index or ModuleIndex()
         self.roots: dict[int, nn.Module] = {}
+        self.owners: dict[str, nn.Module] = {}
         self._counts: dict[tuple[str, str], int] = {}
 
     def __call__(self, node: Node, spec: ConvSpec) -> tuple[str, bool]:
         """(layer name, whether the call is a functional one) of a convolution node."""
         stack = list((node.meta.get("nn_module_stack") or {}).items())
-        key, owner, is_layer = "", "", False
+        key, owner, is_layer, module = "", "", False, None
         if stack:
             key, (text, cls) = stack[-1]
             module = self.index.find(key)
@@ -138,6 +158,8 @@ class GraphNames:
                 is_layer = isinstance(cls, type) and issubclass(cls, spec.module)
         nth = self._counts.get((key, spec.name), 0)
         self._counts[key, spec.name] = nth + 1
-        if is_layer and nth == 0:
-            return owner, False
-        return functional_name(owner, spec.name, nth), True
+        own_call = is_layer and nth == 0
+        layer = owner if own_call else functional_name(owner, spec.name, nth)
+        if module is not None:
+            self.owners[layer] = module
+        return layer, not own_call
