@@ -1,0 +1,384 @@
+"""Training steps timed against each other: what a policy gains on a model, on this machine, and what it could gain at most.
+
+The *ceiling* is the dense step less, for every convolution, the share of its own dense backward time that its dropped
+channels stand for: what a sparse backward pass without any cost of its own would take. *Captured* is the part of that
+saving which is really made, (dense − ours) / (dense − ceiling).
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .coverage import BackwardCounter, scalar_loss
+from .errors import SSPropError, nearest
+from .inspection import inspect
+from .policy import Policy
+from .report import Report
+from .selection import importance, keep_count, kept_channels
+from .timing import Ratio, ratio, synchronize, take_turns, timed
+from .transform import transform
+
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Times of one arm, in seconds, and its ratio to the arm that it is compared with.
+
+    Attributes:
+        first: the first step, compilation included.
+        forward, backward, step: medians.
+        ratio: of the whole step, round by round, to the step of ``base``.
+        base: the dense arm that runs the same way, eager or compiled.
+        peak_bytes: tensor memory at the highest point of a step, over what lives between steps; None if not measured.
+        ceiling, captured: see the module; None for a dense arm.
+    """
+
+    first: float
+    forward: float
+    backward: float
+    step: float
+    base: str
+    ratio: Ratio
+    peak_bytes: int | None = None
+    ceiling: float | None = None
+    captured: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {**self.__dict__, "ratio": self.ratio.to_dict()}
+
+
+@dataclass
+class BenchResult:
+    """What :func:`bench` measured."""
+
+    model: str
+    setting: dict[str, Any]
+    arms: dict[str, ArmResult]
+    times: dict[str, list[float]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        arms = {name: arm.to_dict() for name, arm in self.arms.items()}
+        return {"model": self.model, "setting": self.setting, "arms": arms, "seconds": self.times}
+
+    def __str__(self) -> str:
+        s = self.setting
+        head = f"{self.model}, drop rate {s['policy']['drop_rate']:g}, PyTorch {s['torch']}, {s['device']}"
+        head += f", {s['threads']} threads" if s["device"] == "cpu" else ""
+        names = ("arm", "forward", "backward", "step", "of", "ratio (quartiles)", "ceiling", "captured", "peak", "first step")
+        rows: list[tuple[str, ...]] = [names]
+        for name, arm in self.arms.items():
+            ms = [f"{1e3 * t:.1f} ms" for t in (arm.forward, arm.backward, arm.step)]
+            rows.append((
+                name, *ms, arm.base, str(arm.ratio),
+                "" if arm.ceiling is None else f"{arm.ceiling / self.arms[arm.base].step:.3f}",
+                "" if arm.captured is None else f"{arm.captured:.3f}",
+                "" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**20:.1f} MiB",
+                f"{arm.first:.1f} s",
+            ))  # fmt: skip
+        used = [i for i in range(len(names)) if any(row[i] for row in rows[1:])]
+        widths = {i: max(len(row[i]) for row in rows) for i in used}
+        lines = ["  ".join(row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used) for row in rows]
+        return "\n".join([head, *lines])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw every step's time into a PNG; needs matplotlib."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.5 * len(self.arms)), layout="constrained")
+        names = list(self.arms)[::-1]
+        axes.boxplot([[1e3 * t for t in self.times[n]] for n in names], orientation="horizontal", tick_labels=names)
+        for i, name in enumerate(names, 1):
+            ceiling = self.arms[name].ceiling
+            if ceiling is not None:
+                axes.plot([1e3 * ceiling] * 2, [i - 0.35, i + 0.35], color="tab:red", linestyle=":")
+        axes.set(xlabel="ms a step (dotted: the ceiling)", title=self.model, xlim=(0, None))
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: how the model is prepared, and whether a compiler runs.
+
+    Attributes:
+        build: (copy of the model, policy) → what is called in place of the model.
+        compiled: through ``torch.compile``; compared with ``dense``, else with ``eager``.
+        sparse: whether the arm follows the policy, so that a ceiling makes sense.
+    """
+
+    build: Callable[[nn.Module, Policy], Any]
+    compiled: bool
+    sparse: bool
+    text: str
+
+
+ARMS: dict[str, Arm] = {
+    "eager": Arm(lambda model, _: model, False, False, "the model as it is"),
+    "transform": Arm(transform, False, True, "ssprop_fx.transform"),
+    "dense": Arm(lambda model, _: torch.compile(model), True, False, "torch.compile"),
+    "ssprop": Arm(
+        lambda model, policy: _compiled(model, policy),
+        True, True, 'torch.compile(backend="ssprop")',
+    ),
+    "dense-phase": Arm(
+        lambda model, policy: _compiled(model, at_factor(policy, 0.0)),
+        True, False, "the same in a dense phase",
+    ),
+    "both": Arm(
+        lambda model, policy: torch.compile(transform(model, policy), backend="ssprop"),
+        True, True, "transform, then torch.compile",
+    ),
+    "masked": Arm(
+        lambda model, policy: torch.compile(_masked(model, policy)),
+        True, False, "torch.compile, dropped channels multiplied by zero",
+    ),
+    "frozen": Arm(
+        lambda model, policy: torch.compile(model),
+        True, False, "torch.compile, first layers frozen down to the policy's backward FLOPs",
+    ),
+}  # fmt: skip
+
+
+def _compiled(model: nn.Module, policy: Policy) -> Any:
+    options: dict[str, Any] = {"policy": policy}
+    return torch.compile(model, backend="ssprop", options=options)
+
+
+def at_factor(policy: Policy, factor: float) -> Policy:
+    """The policy with a schedule that stands still, for measuring one of its phases."""
+    contents = {k: v for k, v in policy.to_dict().items() if k != "schedule"}
+    return Policy(**contents, schedule={"kind": "constant", "start": 0.0 if factor == 0 else factor, "end": factor})
+
+
+def bench(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
+    policy: Policy | None = None,
+    arms: Sequence[str] = ("dense", "ssprop", "dense-phase"),
+    rounds: int = 21,
+    loss: Callable[[Any], Tensor] | None = None,
+    memory: bool = False,
+    amp: torch.dtype | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> BenchResult:
+    """Time training steps (forward, loss, backward; no optimizer) of several arms, which take turns.
+
+    Args:
+        model: any model, in training mode, on its device; it is copied and left as it is.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        policy: its full drop rates are measured, whatever the schedule; the default policy without.
+        arms: names of :data:`ARMS`. The dense arm of the same kind is added where it is missing.
+        rounds: timed steps of each arm.
+        loss: the model's result → a scalar; the mean of squares without.
+        memory: measure peak memory, too, in a step more of each arm.
+        amp: run the forward pass under autocast with this type.
+        progress: called with a line of text before every stage.
+
+    Raises:
+        SSPropError: an arm is unknown, or the model's outputs carry no gradient.
+    """
+    for arm in arms:
+        if arm not in ARMS:
+            raise SSPropError(f"{arm!r} is no arm; expected some of {', '.join(ARMS)}; nearest: {nearest(arm, ARMS)}")
+    policy = at_factor(policy or Policy(), 1.0)
+    names = list(dict.fromkeys([*dict.fromkeys(base_of(arm) for arm in arms), *arms]))
+    runs: dict[str, _Run] = {}
+    for name in names:
+        progress(f"first step of {name}")
+        runs[name] = _Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
+    progress(f"{rounds} rounds of {', '.join(names)}")
+    times = take_turns(runs, rounds, warmup=2)
+    ceilings: dict[str, Ceiling] = {}
+    for base in dict.fromkeys(base_of(arm) for arm in arms):
+        progress(f"convolutions of {base}")
+        ceilings[base] = Ceiling.of(runs[base])
+    results = {}
+    for name, run in runs.items():
+        base = base_of(name)
+        ceiling = captured = None
+        if ARMS[name].sparse:
+            dense, ours = statistics.median(times[base]), statistics.median(times[name])
+            ceiling = dense - ceilings[base].saving(run.report())
+            captured = (dense - ours) / (dense - ceiling)
+        split = run.splits[-len(times[name]) :]
+        results[name] = ArmResult(
+            run.first, statistics.median(f for f, _ in split), statistics.median(b for _, b in split),
+            statistics.median(times[name]), base, ratio(times[name], times[base]),
+            run.peak_bytes() if memory else None, ceiling, captured,
+        )  # fmt: skip
+    setting = {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": rounds, "policy": policy.to_dict(),
+        "device": str(next(model.parameters()).device), "amp": str(amp).removeprefix("torch.") if amp else None,
+    }  # fmt: skip
+    return BenchResult(type(model).__name__, setting, results, times)
+
+
+def base_of(arm: str) -> str:
+    """The dense arm that an arm is compared with."""
+    return "dense" if ARMS[arm].compiled else "eager"
+
+
+class _Run:
+    """One arm's model, ready to make steps."""
+
+    def __init__(self, name: str, model: nn.Module, inputs: Any, policy: Policy, loss: Any, amp: Any) -> None:
+        self.name, self.inputs, self.loss, self.amp = name, inputs, loss, amp
+        self.splits: list[tuple[float, float]] = []
+        if name == "frozen":
+            freeze(model, self._forward_of(model), policy)
+        self.model = ARMS[name].build(model, policy)
+        self.first = timed(self)
+
+    def _forward_of(self, model: Any) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            device = next(model.parameters()).device.type
+            with torch.autocast(device, self.amp, enabled=self.amp is not None):
+                if isinstance(self.inputs, Mapping):
+                    return self.loss(model(**self.inputs))
+                return self.loss(model(*self.inputs) if isinstance(self.inputs, (tuple, list)) else model(self.inputs))
+
+        return forward
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        result = self._forward_of(self.model)()
+        synchronize()
+        middle = time.perf_counter()
+        result.backward()
+        synchronize()
+        self.splits.append((middle - start, time.perf_counter() - middle))
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def report(self) -> Report:
+        """Kept channels and shapes by layer."""
+        return inspect(self.model)
+
+    def peak_bytes(self) -> int:
+        """Highest tensor memory of a step, over what lives before it."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self()
+        level = peak = 0
+        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            level += event.nbytes()
+            peak = max(peak, level)
+        return peak
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Dense backward time of the convolutions of a step, in seconds, by shapes of gradient, input and weight."""
+
+    seconds: Mapping[tuple, float]
+
+    @classmethod
+    def of(cls, run: _Run, rounds: int = 5) -> Ceiling:
+        """By the profiler, from inside whole steps: the median of ``rounds`` steps, for each shape."""
+        found: dict[tuple, list[float]] = {}
+        for number in range(rounds):
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+                run()
+            for event in profile.events():
+                if event.name == "aten::convolution_backward":
+                    key = tuple(tuple(shape) for shape in event.input_shapes[:3])
+                    spent = event.device_time_total or event.cpu_time_total
+                    found.setdefault(key, [0.0] * rounds)[number] += spent / 1e6
+        return cls({key: statistics.median(times) for key, times in found.items()})
+
+    def total(self) -> float:
+        """All convolutions of a step."""
+        return sum(self.seconds.values())
+
+    def saving(self, report: Report) -> float:
+        """Seconds that the dropped channels of a report stand for; layers of one shape are averaged."""
+        shares: dict[tuple, list[float]] = {}
+        for row in report.rows:
+            if row.rewritten and row.output_shape and row.input_shape and row.weight_shape and row.total:
+                key = (tuple(row.output_shape), tuple(row.input_shape), tuple(row.weight_shape))
+                shares.setdefault(key, []).extend([(row.kept or 0) / row.total] * row.calls)
+        missing = self.seconds.keys() - shares.keys()
+        if missing:
+            raise SSPropError(f"{len(missing)} convolutions of the profile are not in the report: {sorted(missing)[:3]}")
+        return sum((1 - statistics.mean(shares[key])) * seconds for key, seconds in self.seconds.items())
+
+
+# --- what our users might do instead ------------------------------------------------------------------------
+
+
+class _MaskGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, keep):
+        ctx.keep = keep
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index = kept_channels(importance(grad, None, "l1", sliced=False), 1, ctx.keep)
+        mask = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device).index_fill(0, index, 1.0)
+        return grad * mask.view(-1, *[1] * (grad.dim() - 2)), None
+
+
+def _masked(model: nn.Module, policy: Policy) -> nn.Module:
+    """The naive way: the gradient of every convolution module's output is multiplied by a mask, the dense backward runs."""
+
+    def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return _MaskGradient.apply(output, keep_count(policy.drop_rate, output.shape[1]))
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            module.register_forward_hook(hook)
+    return model
+
+
+def freeze(model: nn.Module, loss: Callable[[], Tensor], policy: Policy) -> float:
+    """Freeze the first parameters until the backward convolution FLOPs of a step are at most the policy's share.
+
+    Returns:
+        The share that is left, of the step before.
+    """
+
+    def flops() -> int:
+        with BackwardCounter() as counter:
+            result = loss()
+            if result.requires_grad:
+                result.backward()
+        model.zero_grad(set_to_none=True)
+        return counter.conv_flops
+
+    dense, parameters = flops(), list(model.parameters())
+    low, high = 0, len(parameters) - 1  # the fewest that are enough; the last one stays, or there is no backward pass
+    while low < high:
+        middle = (low + high) // 2
+        for i, parameter in enumerate(parameters):
+            parameter.requires_grad_(i >= middle)
+        if flops() <= (1 - policy.drop_rate) * dense:
+            high = middle
+        else:
+            low = middle + 1
+    for i, parameter in enumerate(parameters):
+        parameter.requires_grad_(i >= low)
+    return flops() / dense

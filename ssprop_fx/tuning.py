@@ -1,0 +1,195 @@
+"""``ssprop-fx tune``: time every distinct convolution of a model, and write a policy that leaves dense what does not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from .coverage import MeasuredLayer
+from .coverage import measure as measure_step
+from .errors import SSPropError
+from .masking import is_masked
+from .policy import Policy
+from .profit import Timing, measure, settle
+from .selection import AUTO, Demand, keep_count
+from .transform import transform
+
+RATES = (0.5, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class TunedShape:
+    """Layers whose backward passes are the same work.
+
+    Attributes:
+        layers: their names.
+        calls: convolution calls of theirs in a step.
+        weight, output: shapes, (K, C/g, *kernel) as the function takes it, and (N, K, *spatial).
+        channels: how many channels one choice is made from.
+        drop_rate: by the policy.
+        timing: at the policy's rate.
+        others: at further rates, (rate, measurement), in the order of the rates.
+    """
+
+    layers: tuple[str, ...]
+    calls: int
+    weight: tuple[int, ...]
+    output: tuple[int, ...]
+    channels: int
+    drop_rate: float
+    timing: Timing
+    others: tuple[tuple[float, Timing], ...]
+
+    @property
+    def reason(self) -> str:
+        """Why the layers are left dense or not."""
+        text = f"{self.timing.keep} of {self.channels} channels: {self.timing}"
+        if self.timing.pays:
+            return text
+        from_rate = next((rate for rate, t in self.others if rate > self.drop_rate and t.pays), None)
+        return f"{text}; " + ("pays at no rate that was tried" if from_rate is None else f"pays at a rate of {from_rate:g}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; times in seconds."""
+        return {
+            "layers": list(self.layers), "calls": self.calls, "weight": list(self.weight), "output": list(self.output),
+            "channels": self.channels, "drop_rate": self.drop_rate, "kept": self.timing.keep,
+            "dense_seconds": self.timing.dense, "sparse_seconds": self.timing.sparse, "pays": self.timing.pays,
+            "other_rates": [{"drop_rate": r, "kept": t.keep, "sparse_seconds": t.sparse} for r, t in self.others],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`tune` measured.
+
+    Attributes:
+        model: class name.
+        base: the policy that was given.
+        shapes: in the model's order.
+        machine: PyTorch's version, device and threads, in words.
+    """
+
+    model: str
+    base: Policy
+    shapes: tuple[TunedShape, ...]
+    machine: str
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Backward time of the tuned layers in a step: dense, under the policy given, under the tuned one."""
+        dense = sum(s.calls * s.timing.dense for s in self.shapes)
+        given = sum(s.calls * s.timing.sparse for s in self.shapes)
+        tuned = sum(s.calls * (s.timing.sparse if s.timing.pays else s.timing.dense) for s in self.shapes)
+        return dense, given, tuned
+
+    def to_policy(self) -> Policy:
+        """The policy given, with a rule more for each shape that does not pay."""
+        return Policy(**self._contents([self._rule(s) for s in self.shapes if not s.timing.pays]))
+
+    def to_yaml(self) -> str:
+        """The same as a policy file, with the reason at each rule."""
+        dense, given, tuned = (1e3 * t for t in self.seconds)
+        lines = [
+            f"# Tuned for {self.model}: {self.machine}.",
+            f"# Backward passes of its convolutions in a step: {dense:.1f} ms dense, {given:.1f} ms sparse, "
+            f"{tuned:.1f} ms with the last rules.",
+        ]
+        contents = self._contents([])
+        rules = contents.pop("rules", [])
+        lines.append(yaml.safe_dump(contents, sort_keys=False).rstrip())
+        lines.append("rules:" if rules or not all(s.timing.pays for s in self.shapes) else "rules: []")
+        if rules:
+            lines += _indented(yaml.safe_dump(rules, sort_keys=False))
+        for shape in self.shapes:
+            if not shape.timing.pays:
+                lines.append(f"  # {shape.reason}")
+                lines += _indented(yaml.safe_dump([self._rule(shape)], sort_keys=False))
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; times in seconds."""
+        dense, given, tuned = self.seconds
+        return {
+            "model": self.model, "machine": self.machine, "shapes": [s.to_dict() for s in self.shapes],
+            "seconds": {"dense": dense, "policy": given, "tuned": tuned}, "policy": self.to_policy().to_dict(),
+        }  # fmt: skip
+
+    def _contents(self, more: list[dict[str, Any]]) -> dict[str, Any]:
+        contents = self.base.to_dict()
+        return contents | {"rules": [*contents.get("rules", []), *more]}
+
+    @staticmethod
+    def _rule(shape: TunedShape) -> dict[str, Any]:
+        return {"layers": list(shape.layers), "drop_rate": 0}
+
+
+def tune(
+    model: nn.Module,
+    example_inputs: Any,
+    policy: Policy | None = None,
+    rates: Sequence[float] = RATES,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Tuned:
+    """Time the backward pass of every distinct convolution, dense, at the policy's rate and at further rates.
+
+    Args:
+        model: any model, in training mode, on its device, in its layout; it is left as it is.
+        example_inputs: of the size that it will train on: a tensor, a tuple of positional arguments or a dict.
+        policy: decides rates and rounding at the full factor of its schedule; the default policy without.
+        rates: further drop rates, to say from which one a layer pays.
+        progress: called with (shapes done, shapes, text).
+
+    Raises:
+        SSPropError: nothing of the model has a drop rate above zero, or its outputs carry no gradient.
+    """
+    policy = policy or Policy()
+    layers = {
+        name: layer
+        for name, layer in measure_step(transform(model, policy), example_inputs).layers.items()
+        if layer.settings.drop_rate > 0 and layer.calls and not is_masked(layer.settings.ranking)
+    }
+    if not layers:
+        raise SSPropError("there is nothing to tune: the policy drops nothing in any convolution of the model")
+    counts, _ = settle([_demand(name, layer) for name, layer in layers.items()], measured=False)
+    alike: dict[tuple, list[str]] = {}
+    for name, layer in layers.items():
+        s = layer.settings
+        alike.setdefault((layer.calls[0], counts[name], s.drop_rate, s.criterion, s.gradients), []).append(name)
+    shapes = []
+    for done, ((call, keep, rate, criterion, gradients), names) in enumerate(alike.items()):
+        progress(done, len(alike), f"{names[0]} {'×'.join(map(str, call.weight))}")
+        further = {r: keep_count(r, call.channels) for r in sorted(rates) if r != rate}
+        first, *others = measure(call, [keep, *further.values()], criterion, gradients)
+        shapes.append(
+            TunedShape(
+                tuple(names),
+                sum(len(layers[n].calls) for n in names),
+                call.weight,
+                call.output,
+                call.channels,
+                rate,
+                first,
+                tuple(zip(further, others, strict=True)),
+            )
+        )
+    progress(len(alike), len(alike), "")
+    device = next(iter(alike))[0].device
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else f" ({torch.cuda.get_device_name()})"
+    return Tuned(type(model).__name__, policy, tuple(shapes), f"PyTorch {torch.__version__}, {device}{threads}")
+
+
+def _demand(name: str, layer: MeasuredLayer) -> Demand:
+    s = layer.settings
+    round_to = AUTO if s.round_to == "auto" else int(s.round_to)
+    demand = layer.calls[0].demand(name, s.drop_rate, round_to, s.criterion, s.gradients)
+    return Demand(**demand.__dict__ | {"flops": sum(c.demand(name, 0.0).flops for c in layer.calls)})
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}" for line in text.rstrip().splitlines()]

@@ -1,0 +1,121 @@
+"""The harness: what it compares, on a model small enough for exact expectations. No time is asserted."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from ssprop_fx import Policy, SSPropError, bench, inspect, transform
+from ssprop_fx.timing import Ratio, ratio, take_turns
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+    )  # fmt: skip
+
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def test_take_turns_times_every_call_once_a_round_after_the_warm_up():
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in "abc"}
+    times = take_turns(calls, rounds=4, warmup=2)
+    assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = [ran[i : i + 3] for i in range(0, len(ran), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1
+
+
+def test_take_turns_stops_when_its_time_is_up_but_not_before_one_round():
+    assert len(take_turns({"a": lambda: time.sleep(0.01)}, rounds=1000, seconds=0.0)["a"]) == 1
+
+
+def test_ratio_is_the_median_of_the_rounds():
+    assert ratio([1.0, 4.0, 3.0], [2.0, 2.0, 2.0]) == Ratio(1.5, 1.0, 1.75)
+    assert ratio([1.0], [2.0]) == Ratio(0.5, 0.5, 0.5)
+
+
+def test_eager_arms():
+    said = []
+    result = bench.bench(net(), X, Policy(round_to=1), ["transform"], rounds=3, memory=True, progress=said.append)
+    assert list(result.arms) == ["eager", "transform"]
+    eager, ours = result.arms["eager"], result.arms["transform"]
+    assert eager.ratio == Ratio(1.0, 1.0, 1.0)
+    assert eager.ceiling is None
+    assert ours.base == "eager"
+    assert 0 < ours.ceiling < eager.step
+    assert ours.captured == pytest.approx((eager.step - ours.step) / (eager.step - ours.ceiling))
+    assert 0 < ours.peak_bytes <= 2 * eager.peak_bytes
+    assert said[0] == "first step of eager"
+    assert json.loads(json.dumps(result.to_dict()))["arms"]["transform"]["ratio"]["median"] == ours.ratio.median
+    assert "transform" in str(result)
+
+
+@pytest.mark.parametrize("inputs", [X, (X,), {"input": X}])
+def test_inputs_of_every_form(inputs):
+    assert bench.bench(net(), inputs, arms=["eager"], rounds=1).arms["eager"].step > 0
+
+
+def test_the_ceiling_takes_every_convolution_at_its_kept_share():
+    run = bench._Run("eager", net(), X, Policy(), bench.scalar_loss, None)
+    ceiling = bench.Ceiling.of(run, rounds=1)
+    assert len(ceiling.seconds) == 3
+    model = transform(net(), bench.at_factor(Policy(drop_rate=0.75, round_to=1), 1.0))
+    model(X)
+    assert ceiling.saving(inspect(model)) == pytest.approx(0.75 * ceiling.total())
+
+
+def test_a_convolution_that_the_report_does_not_know_is_an_error():
+    run = bench._Run("eager", net(), X, Policy(), bench.scalar_loss, None)
+    other = transform(nn.Sequential(nn.Conv2d(3, 5, 1)), Policy())
+    other(X)
+    with pytest.raises(SSPropError, match="not in the report"):
+        bench.Ceiling.of(run, rounds=1).saving(inspect(other))
+
+
+def test_freezing_leaves_at_most_the_policys_share():
+    model = net()
+    share = bench.freeze(model, lambda: model(X).square().mean(), Policy(drop_rate=0.4))
+    assert 0 < share <= 0.6
+    frozen = [not p.requires_grad for p in model.parameters()]
+    assert frozen == sorted(frozen, reverse=True)
+    assert any(frozen)
+
+
+def test_the_masked_arm_computes_what_a_sparse_backward_does():
+    policy = Policy(drop_rate=0.75, round_to=1, schedule={"kind": "constant", "end": 1.0})
+    masked, sparse = bench._masked(net().double(), policy), transform(net().double(), policy)
+    for model in (masked, sparse):
+        model(X.double()).square().mean().backward()
+    for a, b in zip(masked.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_an_unknown_arm_is_named():
+    with pytest.raises(SSPropError, match=r"'transfrom' is no arm.*nearest: transform"):
+        bench.bench(net(), X, arms=["transfrom"])
+
+
+def test_the_schedule_does_not_matter():
+    policy = Policy(drop_rate=0.5, schedule={"kind": "bar", "period": 10, "warmup": 100, "clock": "manual"})
+    assert bench.at_factor(policy, 1.0).factor == 1.0
+    assert bench.at_factor(policy, 0.0).factor == 0.0
+    assert bench.at_factor(policy, 1.0).drop_rate == 0.5
+
+
+@pytest.mark.slow
+def test_compiled_arms(tmp_path):
+    torch._dynamo.reset()
+    arms = ["dense", "ssprop", "dense-phase", "both", "masked", "frozen"]
+    result = bench.bench(net(), X, Policy(round_to=1), arms, rounds=2, memory=True)
+    assert list(result.arms) == arms
+    assert [name for name, arm in result.arms.items() if arm.captured is not None] == ["ssprop", "both"]
+    result.plot(tmp_path / "times.png")
+    assert (tmp_path / "times.png").stat().st_size > 5000

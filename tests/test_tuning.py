@@ -1,0 +1,90 @@
+"""``tune``: which layers it finds, what it decides, and the policy file that it writes."""
+
+import pytest
+import torch
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy, SSPropError, profit, tuning
+from ssprop_fx.profit import Timing
+from ssprop_fx.tuning import tune
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(2)))
+        self.point = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x):
+        x = self.blocks(self.stem(x))
+        return self.point(x) + self.point(x.flip(0))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net(), torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """1×1 convolutions pay only where no more than two channels are kept, and the first gradient never."""
+
+    def fake(call, keeps, criterion="l1", gradients="all"):
+        pays = [call.weight[-1] > 1 or keep <= 2 for keep in keeps]
+        return [Timing(keep, 4e-3, 1e-3 if p and call.needs[0] else 5e-3) for keep, p in zip(keeps, pays, strict=True)]
+
+    monkeypatch.setattr(tuning, "measure", fake)
+
+
+def test_layers_that_do_the_same_work_are_timed_together(net, timings):
+    tuned = tune(*net, Policy(drop_rate=0.8, round_to=1))
+    assert [(s.layers, s.calls) for s in tuned.shapes] == [(("stem",), 1), (("blocks.0", "blocks.1"), 2), (("point",), 2)]
+    assert [s.timing.keep for s in tuned.shapes] == [6, 6, 3]
+    assert [[r for r, _ in s.others] for s in tuned.shapes] == [[0.5, 0.9]] * 3
+
+
+def test_what_does_not_pay_gets_a_rule_and_its_reason(net, timings, tmp_path):
+    base = Policy(drop_rate=0.8, round_to=1, rules=[{"layers": "stem", "criterion": "l2"}])
+    tuned = tune(*net, base)
+    (tmp_path / "policy.yaml").write_text(tuned.to_yaml())
+    policy = Policy.load(tmp_path / "policy.yaml")
+    assert policy.digest == tuned.to_policy().digest
+    report = ssprop_fx.inspect(ssprop_fx.transform(net[0], policy))
+    rates = {row.layer: (row.drop_rate, row.criterion) for row in report.rows}
+    assert rates == {"stem": (0, "l2"), "blocks.0": (0.8, "l1"), "blocks.1": (0.8, "l1"), "point": (0, "l1")}
+    text = tuned.to_yaml()
+    assert "# 6 of 32 channels: 5 ms sparse against 4 ms dense; pays at no rate that was tried\n" in text
+    assert "# 3 of 16 channels: 5 ms sparse against 4 ms dense; pays at a rate of 0.9\n" in text
+    assert "20.0 ms dense, 17.0 ms sparse, 14.0 ms with the last rules" in text
+
+
+def test_a_model_all_of_which_pays_keeps_its_policy(net, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "measure", lambda call, keeps, *_: [Timing(k, 2.0, 1.0) for k in keeps])
+    base = Policy(drop_rate=0.7)
+    tuned = tune(*net, base)
+    (tmp_path / "policy.yaml").write_text(tuned.to_yaml())
+    assert Policy.load(tmp_path / "policy.yaml").digest == base.digest
+
+
+def test_layers_that_the_policy_leaves_dense_are_not_timed(net, timings):
+    tuned = tune(*net, Policy(rules=[{"layers": "blocks.*", "drop_rate": 0}]))
+    assert [s.layers for s in tuned.shapes] == [("stem",), ("point",)]
+    with pytest.raises(SSPropError, match="nothing to tune"):
+        tune(*net, Policy(drop_rate=0))
+
+
+def test_it_measures_and_leaves_the_model_alone(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSPROP_CACHE", str(tmp_path))
+    profit._loaded.cache_clear()
+    model, x = net
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    tuned = tune(model, x, progress=lambda done, total, text: seen.append((done, total)))
+    assert seen == [(i, 3) for i in range(4)]
+    assert all(s.timing.dense > 0 and s.timing.sparse > 0 for s in tuned.shapes)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    profit._loaded.cache_clear()
