@@ -15,9 +15,10 @@ _EXTRA_OF = {"typer": "cli", "rich": "cli", "sklearn": "demo"}
 def main() -> None:
     """Run the command line of the process."""
     try:
+        from . import timing_commands  # noqa: F401 (adds its commands)
         from .commands import app
 
-        app()
+        app(prog_name="ssprop-fx")
     except SSPropError as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as missing:

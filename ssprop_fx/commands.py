@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +11,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import ssprop_fx
 
 from . import demo as demonstration
-from .errors import SSPropError
+from .errors import PolicyError, SSPropError
 from .models import FORMS, NameProblem, load_model, make_input
 from .policy import Policy
+from .tables import comparison, report_table
 
 STARTER = """\
 # A policy of ssprop-fx: which gradients are dropped, where, and when.
@@ -51,8 +52,11 @@ rules: []
 
 app = typer.Typer(
     help="Train convolutional networks with a sparse backward pass.",
+    epilog="Examples:\n\n  ssprop-fx demo\n\n  ssprop-fx policy init -o policy.yaml\n\n"
+    "  ssprop-fx inspect torchvision:resnet50 -p policy.yaml -i 1x3x224x224 --html report.html\n\n"
+    "  ssprop-fx --install-completion\n\n"
+    "Exit codes: 0 success, 1 an error of a policy or a model, 2 a wrong command line.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -95,7 +99,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small ResNet on images of digits, dense and under a policy, and compare."""
-    chosen = _policy(policy)
+    chosen = read_policy(policy)
     console = Console(stderr=True)
     columns = (
         TextColumn("training"),
@@ -114,18 +118,29 @@ def demo(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    Console().print(_comparison(result))
+    Console().print(comparison(result))
     print(f"\n{result.report}")
 
 
-@policy_app.command("check", epilog="Example:\n\n  ssprop-fx policy check policy.yaml && python train.py")
+@policy_app.command(
+    "check",
+    epilog="Examples:\n\n  ssprop-fx policy check policy.yaml && python train.py\n\n"
+    "  ssprop-fx policy check policy.yaml --json | jq -r '.problems[].next_step'",
+)
 def policy_check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A policy file.")], as_json: JsonOption = False
 ) -> None:
     """Check a policy file; every problem is printed with its line and what to write instead."""
-    policy = Policy.load(file)
+    try:
+        policy = Policy.load(file)
+    except PolicyError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"file": str(file), "valid": False, "problems": [vars(p) for p in error.problems]}, indent=2))
+        raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps({"file": str(file), "digest": policy.digest, "policy": policy.to_dict()}, indent=2))
+        valid = {"file": str(file), "valid": True, "problems": [], "digest": policy.digest, "policy": policy.to_dict()}
+        print(json.dumps(valid, indent=2))
         return
     schedule = policy.schedule
     print(
@@ -135,44 +150,63 @@ def policy_check(
 
 
 @policy_app.command("schema", epilog="Example:\n\n  ssprop-fx policy schema > policy.schema.json")
-def policy_schema() -> None:
+def policy_schema(
+    as_json: Annotated[bool, typer.Option("--json", help="As without: a schema is JSON.")] = False,
+) -> None:
     """Print the JSON Schema of policy files, with which editors complete and check them."""
     print(json.dumps(Policy.json_schema(), indent=2))
 
 
-@policy_app.command("init", epilog="Examples:\n\n  ssprop-fx policy init\n\n  ssprop-fx policy init -o policy.yaml")
+@policy_app.command(
+    "init",
+    epilog="Examples:\n\n  ssprop-fx policy init\n\n  ssprop-fx policy init -o policy.yaml\n\n"
+    "  ssprop-fx policy init --json | jq .drop_rate",
+)
 def policy_init(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there, not to the screen.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, which is YAML, too, but has no comments.")] = False,
 ) -> None:
     """Print a policy file to start from: the default policy, with comments."""
+    text = json.dumps(Policy().to_dict(), indent=2) + "\n" if as_json else STARTER
     if output is None:
-        print(STARTER, end="")
+        print(text, end="")
         return
     try:
         with output.open("x", encoding="utf-8") as file:
-            file.write(STARTER)
+            file.write(text)
     except FileExistsError:
         raise SSPropError(f"{output} exists and is left as it is; choose another name, or delete it first") from None
     except OSError as problem:
         raise SSPropError(f"{output} cannot be written: {problem.strerror}") from None
-    print(f"wrote {output}")
+    print(f"wrote {output}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(
     epilog="Examples:\n\n  ssprop-fx inspect torchvision:resnet18 --input 2x3x64x64\n\n"
     "  ssprop-fx inspect net.py:build -p policy.yaml -i 4x1x28x28 --step 1\n\n"
-    "  ssprop-fx inspect timm:resnet50 -i 2x3x224x224 --html report.html"
+    "  ssprop-fx inspect timm:resnet50 -i 2x3x224x224 --html report.html\n\n"
+    "  ssprop-fx inspect torchvision:resnet18 -i 2x3x64x64 --compile --html report.html\n\n"
+    "  ssprop-fx inspect torchvision:resnet18 --json | jq -r '.rows[].layer'"
 )
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=FORMS + ".")],
     shapes: Annotated[
-        list[str],
-        typer.Option("--input", "-i", metavar="SHAPE", help="Of an input, as 2x3x224x224; repeat it for more inputs."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="SHAPE",
+            help="Of an input, as 2x3x224x224; repeat it for more inputs. Without it shapes and FLOPs stay unknown.",
+        ),
+    ] = None,
     policy: PolicyOption = None,
     step: Annotated[int, typer.Option(min=0, help="Step of the schedule that the table shows.")] = 0,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Through torch.compile (inner: aot_eager): the graphs that Dynamo captures."),
+    ] = False,
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write the page there, too: dataflow, code and schedule in one file."),
@@ -181,75 +215,46 @@ def inspect(
 ) -> None:
     """Show what the policy does to each convolution of a model, and measure that none is missed.
 
-    The model gets random weights; a dense and a sparse training step are run and their convolutions counted.
+    The model gets random weights; with inputs, a dense and a sparse training step are run and their convolutions counted.
     """
-    chosen = _policy(policy)
+    chosen = read_policy(policy)
     try:
-        inputs = tuple(make_input(shape) for shape in shapes)
+        inputs = tuple(make_input(shape) for shape in shapes or ())
         original = load_model(model)
     except NameProblem as problem:
         raise typer.BadParameter(str(problem)) from None
+    if compiled and not inputs:
+        raise typer.BadParameter("--compile needs --input: a graph is captured when the model runs")
     for _ in range(step):
         chosen.step()
-    transformed = ssprop_fx.transform(original, chosen)
     try:
-        transformed(*inputs)  # tells the report the shapes
+        report = _report(ssprop_fx.transform(original, chosen), inputs, compiled)
     except SSPropError:
         raise
     except Exception as problem:  # the model's own code may raise anything
-        raise SSPropError(f"{model} does not run on {', '.join(shapes)}: {_first_line(problem)}") from problem
-    report = ssprop_fx.inspect(transformed, inputs)
+        raise SSPropError(f"{model} does not run on {', '.join(shapes or ())}: {first_line(problem)}") from problem
     if html is not None:
         try:
             report.to_html(html)
         except OSError as problem:
             raise SSPropError(f"{html} cannot be written: {problem.strerror}") from None
-    print(report.to_json() if as_json else report)
+    console = Console()
+    if as_json or not console.is_terminal:
+        print(report.to_json() if as_json else report)
+    else:
+        console.print(report_table(report))
 
 
-def _policy(file: Path | None) -> Policy:
+def _report(model: Any, inputs: tuple, compiled: bool) -> ssprop_fx.Report:
+    if not compiled:
+        return ssprop_fx.inspect(model, inputs or None)
+    graphs: Any = torch.compile(model, backend="ssprop", options={"inner": "aot_eager"})
+    return ssprop_fx.inspect(graphs, inputs)
+
+
+def read_policy(file: Path | None) -> Policy:
     return Policy() if file is None else Policy.load(file)
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     return (str(problem) or type(problem).__name__).partition("\n")[0]
-
-
-def _comparison(result: demonstration.Result) -> Table:
-    dense, sparse, setting = result.dense, result.sparse, result.setting
-    how = "torch.compile" if setting["compiled"] else "eager"
-    title = (
-        f"ResNet of {setting['parameters'] / 1e6:.1f} M parameters, {setting['steps']} steps of {setting['batch']} digits, "
-        f"seed {setting['seed']}\nPyTorch {setting['torch']}, {how}, threads: {setting['threads']}"
-    )
-    table = Table("", title=title, title_style="", title_justify="left")
-    for name in ("dense", "policy", "difference"):
-        table.add_column(name, justify="right")
-    points = 100 * (sparse.accuracy - dense.accuracy)
-    rows: list[tuple[Any, ...]] = [
-        (
-            f"test accuracy ({setting['test_images']} images)",
-            f"{dense.accuracy:.2%}",
-            f"{sparse.accuracy:.2%}",
-            f"{points:+.2f} points",
-        ),
-        (
-            "backward convolution FLOPs",
-            f"{dense.conv_flops:.3g}",
-            f"{sparse.conv_flops:.3g}",
-            _less(result.conv_flops_saved),
-        ),
-        ("all FLOPs", f"{dense.step_flops:.3g}", f"{sparse.step_flops:.3g}", _less(result.step_flops_saved)),
-        ("mean step time", f"{dense.mean_ms:.1f} ms", f"{sparse.mean_ms:.1f} ms", _less(result.time_saved)),
-    ]
-    if len(sparse.step_ms) <= 4:
-        for factor, ms in sorted(sparse.step_ms.items()):
-            name = "dense" if factor == 0 else "sparse" if factor == 1 else f"factor {factor:g}"
-            rows.append((f"  median, {name} steps", f"{dense.mean_ms:.1f} ms", f"{ms:.1f} ms", _less(1 - ms / dense.mean_ms)))
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _less(share: float) -> str:
-    return f"{abs(share):.1%} {'less' if share >= 0 else 'more'}"

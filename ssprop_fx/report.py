@@ -362,8 +362,8 @@ class Report:
     def to_markdown(self) -> str:
         """The summary and the table, for a pull request or a log book."""
         line = "| {} |".format
-        table = [line(" | ".join(cells)) for cells in (_HEADER, *map(_cells, self.rows))]
-        table.insert(1, line(" | ".join("---:" if c in _NUMBERS else "---" for c in _HEADER)))
+        table = [line(" | ".join(row)) for row in (HEADER, *map(cells, self.rows))]
+        table.insert(1, line(" | ".join("---:" if c in NUMBERS else "---" for c in HEADER)))
         return "\n".join([f"- {text}" for text in self.summary().splitlines()] + ["", *table]) + "\n"
 
     def to_pandas(self) -> Any:
@@ -396,11 +396,11 @@ class Report:
         return text
 
     def __str__(self) -> str:
-        table = [_HEADER, *map(_cells, self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(_HEADER))]
+        table = [HEADER, *map(cells, self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
         lines = [
             "  ".join(
-                c.rjust(w) if name in _NUMBERS else c.ljust(w) for name, c, w in zip(_HEADER, line, widths, strict=True)
+                c.rjust(w) if name in NUMBERS else c.ljust(w) for name, c, w in zip(HEADER, line, widths, strict=True)
             ).rstrip()
             for line in table
         ]
@@ -434,11 +434,12 @@ def _saved(flops: Mapping[str, float], unit: str = "") -> str:
     return f"{now:.4g} of {dense:.4g}{unit}, {saved}"
 
 
-_HEADER = ("layer", "kind", "rung", "rate", "kept", "output", "backward MFLOP", "now", "rule", "reason")
-_NUMBERS = frozenset(("rate", "kept", "backward MFLOP", "now"))
+HEADER = ("layer", "kind", "rung", "rate", "kept", "output", "backward MFLOP", "now", "rule", "reason")
+NUMBERS = frozenset(("rate", "kept", "backward MFLOP", "now"))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """A row's line in a table, one text for each of ``HEADER``."""
     return (
         row.layer,
         row.kind,
@@ -453,4 +454,4 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-__all__ = ["Phase", "Plan", "Report", "Row"]
+__all__ = ["HEADER", "NUMBERS", "Phase", "Plan", "Report", "Row", "cells"]

@@ -35,12 +35,37 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["inspect"], ["policy"], ["policy", "check"], ["policy", "init"]])
-def test_help_of_every_command(run, command):
+def every_command():
+    from typer.main import get_command
+
+    from ssprop_fx.commands import app
+
+    groups = [([], get_command(app))]
+    for path, group in groups:
+        yield path, hasattr(group, "commands")
+        groups += [([*path, name], command) for name, command in getattr(group, "commands", {}).items()]
+
+
+@pytest.mark.parametrize(
+    ("command", "is_group"), every_command(), ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_help_of_every_command_has_examples_and_every_command_json(run, command, is_group):
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert "Usage: " in out
-    assert not command or (len(command) == 1 and command[0] == "policy") or "Example" in out
+    assert "Example" in out or command == ["policy"]
+    assert is_group or "--json" in out
+
+
+def test_shell_completion_finishes_commands(run, monkeypatch, capsys):
+    code, out, _ = run("--show-completion")
+    assert code == 0
+    assert "_SSPROP_FX_COMPLETE" in out
+    monkeypatch.setenv("_SSPROP_FX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "ssprop-fx policy ch")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    code, out, _ = run()
+    assert (code, out.split()) == (0, ["check"])
 
 
 def test_version_names_both_packages(run):
@@ -108,6 +133,26 @@ def test_check_as_json_gives_the_whole_policy(run):
     code, out, _ = run("policy", "check", ROOT / "examples" / "policy.yaml", "--json")
     assert code == 0
     assert Policy.from_dict(json.loads(out)["policy"]).digest == json.loads(out)["digest"]
+
+
+def test_check_as_json_gives_every_problem(run, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("drop_rat: 0.5\nschedule:\n  kind: barr\n")
+    code, out, _ = run("policy", "check", path, "--json")
+    assert code == 1
+    found = json.loads(out)
+    assert not found["valid"]
+    assert [p["key"] for p in found["problems"]] == ["drop_rat", "schedule.kind"]
+    assert found["problems"][1]["nearest"] == "bar"
+
+
+def test_init_as_json_is_a_policy_file(run, tmp_path):
+    path = tmp_path / "policy.json"
+    code, out, err = run("policy", "init", "--json", "-o", path)
+    assert (code, out, err) == (0, "", f"wrote {path}\n")
+    assert Policy.load(path).digest == Policy().digest
+    assert json.loads(run("policy", "init", "--json")[1]) == Policy().to_dict()
+    assert run("policy", "schema", "--json") == run("policy", "schema")
 
 
 def test_schema_accepts_the_starter_policy(run):
@@ -178,13 +223,38 @@ def test_inspect_of_ones_own_model(run, net, name):
         (["net:number", "-i", "1x3x8x8"], "not a torch.nn.Module"),
         (["nett.py:Net", "-i", "1x3x8x8"], "nearest: net.py"),
         (["net:Net", "-i", "1,3,8,8"], "no shape"),
-        (["net:Net"], "--input"),
+        (["net:Net", "--compile"], "--input"),
     ],
 )
 def test_a_model_or_input_that_cannot_be_named_is_exit_code_2(run, net, args, message):
     code, out, err = run("inspect", *args)
     assert (code, out) == (2, "")
     assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_without_inputs_shapes_are_unknown(run, net):
+    code, out, _ = run("inspect", "net:Net", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [row["output_shape"] for row in report["rows"]] == [None, None]
+    assert report["measurement"] is None
+
+
+def test_compile_shows_the_captured_graphs(run, net):
+    code, out, _ = run("inspect", "net:Net", "-i", "2x3x8x8", "--compile", "--step", "1", "--html", "report.html")
+    assert code == 0
+    assert "2 of 2 convolutions rewritten; step 1, factor 1" in out
+    assert "0 missed" in out
+    assert "backward, factor 1" in Path("report.html").read_text()
+
+
+def test_a_terminal_gets_a_table(run, net, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run("inspect", "net:Net", "-i", "2x3x8x8")
+    assert code == 0
+    assert "\x1b[" in out
+    assert "2×32×6×6" in out
 
 
 def test_an_input_that_the_model_refuses_is_exit_code_1(run, net):
