@@ -6,6 +6,8 @@ code could reach a functional convolution (:mod:`ssprop_fx.reach`).
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,4 +74,12 @@ def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: A
         return forward(*args, **kwargs)
 
 
-__all__ = ["CallSites", "functional_name", "run_intercepted"]
+class Intercepted(functools.partial):
+    """:func:`run_intercepted` of a module's forward, with that forward's signature: trainers choose arguments by it."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[1])
+
+
+__all__ = ["CallSites", "Intercepted", "functional_name", "run_intercepted"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ._compat import is_compiled
 from .allocation import Allocation
-from .calls import CallSites, functional_name, run_intercepted
+from .calls import CallSites, Intercepted, functional_name, run_intercepted
 from .convolutions import CONVOLUTIONS, LINEAR, ConvSpec, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
 from .policy import KINDS, Policy, Settings
@@ -213,7 +213,7 @@ def _rewrite_module(
 
 
 def _intercept(module: nn.Module, call_sites: CallSites) -> None:
-    vars(module)["forward"] = functools.partial(run_intercepted, call_sites, module.forward)
+    vars(module)["forward"] = Intercepted(run_intercepted, call_sites, module.forward)
 
 
 def _refuse(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import threading
@@ -1034,3 +1035,19 @@ def test_policy_may_be_default_mapping_or_file(given, tmp_path):
         given = str(tmp_path / "policy.yaml")
     model = transform(nn.Sequential(nn.Conv2d(3, 8, 3)), given)
     assert transformation_of(model).policy.drop_rate == (0.8 if given is None else 0.5)
+
+
+def test_forward_keeps_its_signature():
+    """Trainers choose which columns of a data set to pass on by the names of forward's arguments."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, pixels, labels=None, *, scale: float = 1.0):
+            return F.conv2d(self.conv(pixels), torch.ones(1, 4, 1, 1)) * scale
+
+    model = ssprop_fx.transform(Root(), Policy())
+    assert inspect.signature(model.forward) == inspect.signature(Root().forward)
+    assert inspect.signature(copy.deepcopy(model).forward) == inspect.signature(Root().forward)
