@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
+import ssprop_fx
+from ssprop_fx.demo import ResNet
 from ssprop_fx.errors import PolicyError
 from ssprop_fx.policy import Policy
 from ssprop_fx.schedule import Schedule, _automatic
@@ -271,3 +274,45 @@ def test_a_compiled_optimizer_advances_the_clock_and_does_not_recompile():
         for _ in range(10):
             compiled()
     assert policy.steps == 11
+
+
+@pytest.mark.parametrize("per_epoch", [1, 3, 10])
+@pytest.mark.parametrize("keys", [keys for keys, _ in FACTORS if "interleave" not in keys], ids=str)
+def test_stepping_by_epoch_is_the_same_schedule_in_epochs(keys, per_epoch):
+    """A clock that is advanced once an epoch goes through the factors epoch by epoch; so the unit is the caller's."""
+    by_epoch = Policy(schedule=keys)
+    for epoch in range(8):
+        factors = set()
+        for _ in range(per_epoch):
+            factors.add(by_epoch.factor)
+        assert factors == {Schedule(**keys).factor(epoch)}
+        by_epoch.step()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_default_policy_saves_forty_per_cent_over_a_hundred_steps(channels_last):
+    """Backward FLOPs of the convolutions, counted on every one of the steps."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = ResNet().to(memory_format=layout)
+    policy = Policy()
+    sparse = ssprop_fx.transform(model, policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    images = torch.randn(2, 1, 8, 8).contiguous(memory_format=layout)
+
+    def counted(network) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss = network(images).sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        return counter.get_total_flops() - forward - linear
+
+    linear = 2 * 2 * 2 * 256 * 10  # the head's backward: two products of a batch of 2, 256 features and 10 classes
+    steps = []
+    for _ in range(100):
+        steps.append(counted(sparse))
+        optimizer.step()
+    dense = counted(model)
+    assert policy.steps == 100
+    assert steps[::2] == [dense] * 50
+    assert 1 - sum(steps) / (100 * dense) == pytest.approx(0.40, abs=0.005)
