@@ -65,7 +65,8 @@ class Allocation:
             return
         elif layer not in self._provisional:
             demand = replace(demand, flops=demand.flops + known.flops)
-        self.demands[layer] = demand
+        remembered = self.policy.remembered["flops"].get(layer)
+        self.demands[layer] = demand if remembered is None else replace(demand, flops=remembered)
         (self._provisional.add if provisional else self._provisional.discard)(layer)
 
     def keep(self, layer: str, channels: int, drop_rate: float, factor: float, round_to: int) -> int:
@@ -75,12 +76,21 @@ class Allocation:
         plan = self._plans.get(factor)
         if plan is None:
             demands = [replace(d, drop_rate=d.drop_rate * factor) for d in self.demands.values()]
-            plan, self.losses[factor] = settle(demands, self.measures)
+            plan = self.policy.remembered["kept"].get(factor, {})
+            if not self.demands.keys() <= plan.keys():
+                plan, self.losses[factor] = settle(demands, self.measures)
             self._plans[factor] = plan
         count = plan.get(layer)
         if count is None or self.demands[layer].channels != channels:
             return keep_count(drop_rate * factor, channels, round_to or 1)
         return count
+
+    def forget(self) -> None:
+        """Settle all counts anew."""
+        self.demands.clear()
+        self._provisional.clear()
+        self._plans.clear()
+        self.losses.clear()
 
     def __getstate__(self) -> dict:
         return {"policy": self.policy, "demands": self.demands}
@@ -94,6 +104,32 @@ class Allocation:
     def __deepcopy__(self, memo: dict) -> Allocation:
         # a copied model (an EMA, say) trains on the same clock
         return self
+
+
+def allocations_of(policy: Policy) -> list[Allocation]:
+    """The live allocations under a policy."""
+    return [live for live in list(_live.values()) if live.policy is policy]
+
+
+def settled(policy: Policy) -> dict[str, dict]:
+    """What the models under a policy have settled: ``flops`` by layer, and ``kept`` counts by factor and layer.
+
+    Counts depend on the sizes of the inputs that came first, which a resumed run does not see again; so they belong to the
+    policy's state. Layers of the same name that two models have settled differently are left out.
+    """
+    found: dict[str, dict] = {"flops": dict(policy.remembered["flops"])}
+    found["kept"] = {factor: dict(plan) for factor, plan in policy.remembered["kept"].items()}
+    seen: dict[tuple, int] = {}
+    for live in allocations_of(policy):
+        costs = {("flops", d.layer): d.flops for d in live.demands.values() if d.layer not in live._provisional}
+        counts = {("kept", factor, layer): n for factor, plan in live._plans.items() for layer, n in plan.items()}
+        for (*path, layer), value in (costs | counts).items():
+            place = found[path[0]] if len(path) == 1 else found["kept"].setdefault(path[1], {})
+            if seen.setdefault((*path, layer), value) == value:
+                place[layer] = value
+            else:
+                place.pop(layer, None)
+    return found
 
 
 def live_allocation(handle: str) -> Allocation | None:

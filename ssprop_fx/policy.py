@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import policy_file
+from .allocation import allocations_of, settled
 from .errors import PolicyError, Problem
 from .rules import CRITERIA, KINDS, OVERRIDABLE, Contents, Layers, Rule, Settings, unmatched
 from .schedule import Clock
@@ -42,7 +43,7 @@ class Policy:
     [0.0, None, None, 1.0]
     """
 
-    __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest")
+    __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest", "remembered")
 
     def __init__(self, **contents: Any) -> None:
         if contents.get("schedule", ...) is None:
@@ -77,6 +78,7 @@ class Policy:
         self._contents = contents
         self._clock = Clock(contents.schedule)
         self._bound: dict[str, Settings] = {}
+        self.remembered: dict[str, dict] = {"flops": {}, "kept": {}}  # of a loaded state; see allocation.settled
         text = json.dumps(self.to_dict(), sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -193,11 +195,18 @@ class Policy:
         return self._contents.model_dump(mode="json", exclude_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock, ``steps`` and ``clock``, and the ``schedule`` that it belongs to, as plain values."""
+        """The clock, ``steps`` and ``clock``, and the ``schedule`` that it belongs to, as plain values.
+
+        Once a model has trained under the policy, ``counts`` holds the kept counts that ``round_to: auto`` has settled.
+        """
+        found = settled(self)
+        kept = [[factor, plan] for factor, plan in found["kept"].items()]
+        counts = {"digest": self.digest, "flops": found["flops"], "kept": kept}
         return {
             "steps": self.steps,
             "clock": self._clock.mode,
             "schedule": self.schedule.model_dump(mode="json"),
+            **({"counts": counts} if found["flops"] else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,7 +215,20 @@ class Policy:
         Raises:
             PolicyError: ``state`` is not what :meth:`state_dict` returns, or the schedule is another one.
         """
+        counts = state.get("counts") if isinstance(state, Mapping) else None
+        if counts is not None:
+            state = {key: value for key, value in state.items() if key != "counts"}
+            if not isinstance(counts, Mapping) or not {"digest", "flops", "kept"} <= counts.keys():
+                what = "the counts are not what state_dict() returned"
+                where, step = "policy.load_state_dict(...)", "load what policy.state_dict() returned"
+                raise PolicyError([Problem(where, "counts", what, "a mapping with the keys digest, flops, kept", step)])
         self._clock.load_state_dict(state)
+        if counts is not None and counts["digest"] == self.digest:
+            loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
+            if loaded != settled(self):
+                self.remembered = loaded
+                for live in allocations_of(self):
+                    live.forget()
 
     @staticmethod
     def json_schema() -> dict[str, Any]:

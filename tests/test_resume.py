@@ -151,6 +151,35 @@ def test_resumed_between_any_two_steps_ends_bit_equal(front_end, tmp_path):
     torch._dynamo.reset()
 
 
+def test_counts_that_the_first_sizes_settled_are_resumed():
+    """``round_to: auto`` balances the layers' costs, which depend on the size of the first images."""
+
+    def train(model, forward, policy, optimizer, count):
+        for _ in range(count):
+            generator, size = torch.Generator().manual_seed(policy.steps), (7, 9, 5, 12, 6)[policy.steps % 5]
+            forward(torch.randn(4, 1, size, size, generator=generator)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            policy.step()
+
+    def made():
+        torch.manual_seed(0)
+        model, policy = ResNet((64, 128, 128)), Policy(drop_rate=0.7, schedule={"kind": "linear", "period": 4})
+        return model, ssprop_fx.transform(model, policy), policy, torch.optim.SGD(model.parameters(), 1e-4)
+
+    whole = made()
+    train(*whole, 7)
+    for stop in range(1, 7):
+        first, second = made(), made()
+        train(*first, stop)
+        second[0].load_state_dict(first[0].state_dict())
+        second[2].load_state_dict(json.loads(json.dumps(first[2].state_dict())))  # as a trainer that writes JSON does
+        train(*second, 7 - stop)
+        assert same(second[0].state_dict(), whole[0].state_dict()), f"stopped after {stop} steps"
+    with pytest.raises(ssprop_fx.PolicyError, match="counts"):
+        second[2].load_state_dict(second[2].state_dict() | {"counts": [1]})
+
+
 def test_checkpoints_fit_plain_transformed_and_compiled_models():
     plain = ResNet((8, 16))
     policy = Policy(schedule={"kind": "constant"})
