@@ -52,6 +52,14 @@ def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
     return implementation(partition_fn=min_cut_rematerialization_partition, keep_inference_input_mutations=True, **kwargs)
 
 
+def graph_argument(placeholder: Any) -> tuple[str, Any]:
+    """What an input of Dynamo's graph stands for, while the backend runs: its source as text, and the tensor or None."""
+    argument = placeholder.meta.get("grapharg")
+    source, example = getattr(argument, "source", None), getattr(argument, "example", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name, example if isinstance(example, torch.Tensor) else None
+
+
 def make_boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     """A callable that takes one list of arguments, and may free them."""
     from functorch.compile import make_boxed_func

@@ -236,7 +236,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         policy: None leaves everything but what ``transform`` has rewritten as it is.
     """
     ops.register_flop_formulas()
-    names = GraphNames(_index)
+    names = GraphNames(_index, graph_module)
     # a checkpointed block or a compiled region is a graph inside the graph
     graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
     convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]

@@ -7,14 +7,16 @@ holds it, so that a name does not depend on where a graph broke. The text serves
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 import weakref
+from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from ._compat import is_optimized_module
+from ._compat import graph_argument, is_optimized_module
 from .calls import functional_name
 from .convolutions import ConvSpec, spec_of_module
 
@@ -130,13 +132,17 @@ def plain_text(text: str) -> str:
 class GraphNames:
     """Layer names for the nodes of one Dynamo graph.
 
+    Args:
+        graph_module: the graph as Dynamo made it. Its inputs tell whose forward was captured, which is the owner of calls
+            for which Dynamo notes no module.
+
     Attributes:
         roots: the models that the graph's modules belong to, by identity.
         owners: layer name → the live module that makes the call.
     """
 
-    def __init__(self, index: ModuleIndex | None = None) -> None:
-        self.index = index or ModuleIndex()
+    def __init__(self, index: ModuleIndex | None = None, graph_module: GraphModule | None = None) -> None:
+        self.index, self.graph_module = index or ModuleIndex(), graph_module
         self.roots: dict[int, nn.Module] = {}
         self.owners: dict[str, nn.Module] = {}
         self._counts: dict[tuple[str, str], int] = {}
@@ -156,6 +162,11 @@ class GraphNames:
             else:
                 owner = plain_text(text)
                 is_layer = isinstance(cls, type) and issubclass(cls, spec.module)
+        elif self._frame is not None:
+            module = self._frame
+            owner, root = self.index.name(module), self.index.root(module)
+            self.roots[id(root)] = root
+            is_layer = spec_of_module(module, linear=spec.dim == 0) is spec
         nth = self._counts.get((key, spec.name), 0)
         self._counts[key, spec.name] = nth + 1
         own_call = is_layer and nth == 0
@@ -163,3 +174,22 @@ class GraphNames:
         if module is not None:
             self.owners[layer] = module
         return layer, not own_call
+
+    @functools.cached_property
+    def _frame(self) -> nn.Module | None:
+        """The module whose forward was captured: the one below which the graph's tensors lie where their sources say."""
+        for node in self.graph_module.graph.find_nodes(op="placeholder") if self.graph_module is not None else ():
+            source, tensor = graph_argument(node)
+            if tensor is None or not source.startswith("L['self']"):
+                continue
+            path = plain_text(source)
+            for holder, name in self.index.holders(tensor):
+                full = f".{self.index.name(holder)}.{name}"
+                if full.endswith(f".{path}"):
+                    root = self.index.root(holder)
+                    return dict(_plain_modules(root)).get(full.removesuffix(f".{path}").lstrip("."))
+        return None
+
+
+def _plain_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((plain_name(name), module) for name, module in root.named_modules())

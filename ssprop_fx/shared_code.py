@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from ._compat import graph_argument
 from .errors import SSPropError
 from .naming import ModuleIndex
 from .policy import Policy, Settings
@@ -159,8 +160,8 @@ class GraphInputs:
         Dynamo's placeholders know the tensors while the backend runs.
         """
         if graph is self.top:
-            example = getattr(placeholder.meta.get("grapharg"), "example", None)
-            if isinstance(example, Tensor):
+            _, example = graph_argument(placeholder)
+            if example is not None:
                 yield self.positions[placeholder], example
             return
         mine = graph.graph.find_nodes(op="placeholder")

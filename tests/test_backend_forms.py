@@ -304,6 +304,20 @@ def test_functional_layers_have_their_owners_name():
     assert [d.settings.drop_rate for d in record.decisions] == [0.25]
 
 
+def test_functional_layers_have_their_owners_name_after_a_graph_break():
+    class Broken(Functional):
+        def forward(self, x):
+            x = x + 1
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Broken()).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    gradients(ours(model, policy(rules=[{"layers": "0#conv2d.0", "drop_rate": 0.25}])), x)
+    layers = {d.convolution.layer: d.settings.drop_rate for _, record in records_of(model) for d in record.decisions}
+    assert layers == {"0#conv2d.0": 0.25}
+
+
 def test_deepcopied_model_compiles_on_its_own():
     model, x = model_and_input("2d")
     chosen = policy()

@@ -49,6 +49,30 @@ def test_a_marked_function_is_a_constant_when_traced():
     assert len(calls) == 1
 
 
+def test_inputs_of_a_captured_graph_tell_their_tensors():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, found = Model(), {}
+
+    def backend(graph_module, inputs):
+        for node in graph_module.graph.find_nodes(op="placeholder"):
+            source, tensor = _compat.graph_argument(node)
+            found[source] = tensor
+        return graph_module.forward
+
+    torch.compile(model, backend=backend)(torch.ones(1, 2))
+    (source,) = [source for source, tensor in found.items() if tensor is model.layer.weight]
+    assert source.startswith("L['self']")
+    assert "layer" in source
+    torch._dynamo.reset()
+
+
 def test_boxed_calls_take_one_list():
     assert _compat.make_boxed(lambda a, b: a + b)([1, 2]) == 3
 

@@ -1,0 +1,192 @@
+"""Compiled code that runs for several modules: by the rule of each, or refused; never by another module's rule."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy, SSPropError
+from ssprop_fx.backend import records_of
+
+OPTIONS = {"inner": "aot_eager"}
+X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+OTHER_RULE = [{"layers": "blocks.1*", "drop_rate": 0.75}]
+REMEDY = r"blocks\.0.conv.*blocks\.1.conv.*0.5 by default, 0.75 by.*ssprop_fx.transform"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+class Standardized(Block):
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight - self.conv.weight.mean(), padding=1).relu()
+
+
+class Net(nn.Module):
+    def __init__(self, block=Block):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.blocks = nn.Conv2d(8, 8, 1), nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x
+
+    def run(self, block, x):
+        return block(x)
+
+
+@torch.compiler.nested_compile_region
+def region(block, x):
+    return block(x)
+
+
+class Regions(Net):
+    def run(self, block, x):
+        return region(block, x)
+
+
+def policy(**changes):
+    return Policy(**({"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant"}} | changes))
+
+
+def zero_rows(model):
+    """Output channels of the blocks' convolutions without a gradient, after a step."""
+    model.zero_grad()
+    model(X).square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.dim() == 4}
+    return [int((grad.flatten(1).abs().sum(1) == 0).sum()) for n, grad in grads.items() if "blocks" in n]
+
+
+def compile_blocks(model, **options):
+    for block in model.blocks:
+        block.compile(backend="ssprop", options=OPTIONS | options)
+    return model
+
+
+@pytest.mark.parametrize(("block", "call"), [(Block, ".conv"), (Standardized, "#conv2d.0")], ids=["module", "functional"])
+def test_blocks_compiled_one_by_one_have_their_own_names_in_the_report(block, call):
+    model = compile_blocks(Net(block), policy=policy())
+    model(X).sum().backward()
+    assert sum(len(record.decisions) for _, record in records_of(model)) == 1, "the blocks were to share code"
+    report = ssprop_fx.inspect(model, X)
+    blocks = [f"blocks.{i}{call}" for i in range(3)]
+    assert [row.layer for row in report.rows if row.rewritten] == blocks
+    assert report.measurement.calls == dict.fromkeys(blocks, 1)
+    assert report.measurement.missed.keys() == {"stem"}
+    left = {row.layer: row.reason for row in report.rows if not row.rewritten}
+    assert "no captured graph" in left.pop("stem")
+    assert set(left.values()) <= {"no backward pass in the measured step"}
+
+
+def test_blocks_compiled_one_by_one_are_all_sparse():
+    assert zero_rows(compile_blocks(Net(), policy=policy())) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("block", [Block, Standardized])
+def test_blocks_under_different_rules_are_refused_with_the_remedy(block):
+    model = compile_blocks(Net(block), policy=policy(rules=OTHER_RULE))
+    for _ in range(2):  # not only at first
+        with pytest.raises(SSPropError, match=REMEDY):
+            model(X)
+
+
+def test_a_block_that_a_rule_keeps_dense_is_refused_too():
+    model = compile_blocks(Net(), policy=policy(rules=[{"layers": "blocks.0.*", "drop_rate": 0}]))
+    with pytest.raises(SSPropError, match=r"blocks\.0\.conv.*blocks\.1\.conv"):
+        model(X)
+
+
+def test_the_remedy_works():
+    assert zero_rows(compile_blocks(ssprop_fx.transform(Net(), policy(rules=OTHER_RULE)))) == [4, 6, 4]
+
+
+def test_nested_regions_under_one_rule_share_a_graph():
+    model = Regions()
+    compiled = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy()})
+    assert zero_rows(compiled) == [4, 4, 4]
+    report = ssprop_fx.inspect(compiled, X)
+    assert {row.layer for row in report.rows if row.rewritten} == {"stem", *(f"blocks.{i}.conv" for i in range(3))}
+    assert report.coverage == 1.0
+
+
+def test_nested_regions_under_different_rules_are_refused_and_the_remedy_works():
+    compiled = torch.compile(Regions(), backend="ssprop", options=OPTIONS | {"policy": policy(rules=OTHER_RULE)})
+    with pytest.raises(Exception, match=REMEDY) as error:
+        compiled(X)
+    assert isinstance(error.value.inner_exception, SSPropError)
+    torch._dynamo.reset()
+    transformed = ssprop_fx.transform(Regions(), policy(rules=OTHER_RULE))
+    assert zero_rows(torch.compile(transformed, backend="ssprop", options=OPTIONS)) == [4, 6, 4]
+
+
+def function(**options):
+    return torch.compile(lambda model, x: model(x), backend="ssprop", options=OPTIONS | options)
+
+
+def test_one_compiled_function_serves_instances_and_copies_and_each_is_found():
+    run = function(policy=policy(rules=OTHER_RULE))
+    first, second = Net(), Net()
+    models = [first, second, copy.deepcopy(first)]
+    for model in models:
+        run(model, X).square().sum().backward()
+        counts = [int((b.conv.weight.grad.flatten(1).abs().sum(1) == 0).sum()) for b in model.blocks]
+        assert counts == [4, 6, 4]
+        assert {row.layer for row in ssprop_fx.inspect(model).rows if row.rewritten} == {"stem"} | {
+            f"blocks.{i}.conv" for i in range(3)
+        }
+    assert len({record.number for model in models for _, record in records_of(model)}) == 1, "they were to share code"
+
+
+def test_another_models_block_is_known_by_its_name_there():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Block()
+
+    model, other = Net(), Other()
+    rules = [{"layers": "body.conv", "drop_rate": 0.25, "optional": True}]
+    run = function(policy=policy(rules=rules))
+    run(model.blocks[0], X)
+    with pytest.raises(SSPropError, match=r"blocks\.0\.conv.*body\.conv.*0\.25 by rules\[0\]"):
+        run(other.body, X)
+
+
+def test_instances_transformed_under_two_policies_keep_to_their_own():
+    run = function()
+    for rate, rows in ((0.5, 4), (0.75, 6), (0.25, 2)):
+        model = ssprop_fx.transform(Net(), policy(drop_rate=rate))
+        run(model, X).square().sum().backward()
+        assert int((model.blocks[2].conv.weight.grad.flatten(1).abs().sum(1) == 0).sum()) == rows
+
+
+def test_tensors_in_the_place_of_parameters_are_no_other_module():
+    model = Net()
+    run = torch.compile(
+        lambda tensors, x: torch.func.functional_call(model, tensors, x),
+        backend="ssprop",
+        options=OPTIONS | {"policy": policy(rules=OTHER_RULE)},
+    )
+    for scale in (1.0, 2.0):
+        tensors = {n: (p.detach() * scale).requires_grad_() for n, p in model.named_parameters()}
+        run(tensors, X).square().sum().backward()
+        grads = [tensors[f"blocks.{i}.conv.weight"].grad for i in range(3)]
+        assert [int((g.flatten(1).abs().sum(1) == 0).sum()) for g in grads] == [4, 6, 4]
