@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 
 from .errors import PolicyError, SSPropError, TransformError
 from .inspection import Report, Row, inspect
+from .meter import Meter
 from .policy import Policy, Rule, Settings
 from .schedule import Schedule
 from .transform import transform
@@ -15,6 +16,7 @@ from .transform import transform
 __version__ = _version("ssprop-fx")
 
 __all__ = [
+    "Meter",
     "Policy",
     "PolicyError",
     "Report",

@@ -111,10 +111,20 @@ def fake_mode_of(inputs: Sequence[Any]) -> Any:
     return detect_fake_mode(inputs)
 
 
-def current_frame() -> str:
-    """Dynamo's number of the frame that is being compiled, without the count of its recompilations."""
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    return str(compile_id).split("/")[0] if compile_id is not None else ""
+def current_compile_id() -> Any:
+    """Dynamo's name for the compile that is going on, ``0/1``: the frame, and which compile of it; None outside of one."""
+    return torch._guards.CompileContext.current_compile_id()
+
+
+def trace_artifact(name: str, payload: Callable[[], str], compile_id: Any) -> None:
+    """Put a text into the structured trace (``TORCH_TRACE``) as an artifact of a compile; tlparse shows it under its name."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=payload,
+        expect_trace_id=False,
+        compile_id=compile_id,
+    )
 
 
 @contextlib.contextmanager

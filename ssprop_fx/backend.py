@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import logging
 import threading
 import time
 import weakref
@@ -28,7 +27,7 @@ from ._compat import (
     autograd_cache_off,
     compile_fx,
     compile_fx_inner,
-    current_frame,
+    current_compile_id,
     fake_mode_of,
     inductor_decompositions,
     lowering_context,
@@ -37,6 +36,7 @@ from ._compat import (
 from .allocation import Allocation, allocation_for, observers
 from .convolutions import LINEAR, ConvArgs, run
 from .errors import SSPropError
+from .logs import backward_lowered, graph_rewritten
 from .naming import GraphNames, ModuleIndex
 from .passes import (
     Decision,
@@ -54,8 +54,6 @@ from .profit import Timing, settle
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
 from .transform import as_policy, assign_checked, transformation_of
 
-logger = logging.getLogger(__name__)
-
 _INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -71,7 +69,8 @@ class GraphRecord:
         forward: the forward graph that the compiler behind got; None before it did.
         backward: the backward graph with its ``ssprop.conv_backward`` nodes.
         lowered: kept counts by node of a phase → the backward graph as lowered for it.
-        frame: Dynamo's number of the code that was captured; a recompilation of it has the same.
+        compile_id: Dynamo's, ``0/1``.
+        index: number of the graph among those of its policy.
         number: running number of the graph in this process.
         forward_compiles: how often the forward was compiled.
         seconds: compile times, ``forward`` and one entry per phase.
@@ -90,12 +89,18 @@ class GraphRecord:
     forward_compiles: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     dispatcher: PhaseDispatcher | None = None
-    frame: str = ""
+    compile_id: Any = None
+    index: int = 0
     number: int = field(default_factory=itertools.count().__next__)
 
     def kept_now(self) -> dict[str, int]:
         """Channels that the next backward pass keeps, by layer; empty before the backward graph is there."""
         return self.dispatcher.kept() if self.dispatcher else {}
+
+    @property
+    def frame(self) -> str:
+        """Dynamo's number of the code that was captured; a recompilation of it has the same."""
+        return str(self.compile_id).split("/")[0] if self.compile_id is not None else ""
 
     def layers(self) -> set[str]:
         """The layers with a convolution in the graph."""
@@ -266,14 +271,10 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
 
     shared = SharedCode(anchors, policy, names.index, lambda root: _check_rules([root], policy, state))
     record = GraphRecord(captured, _copy(graph_module), decisions, roots, shared)
-    record.frame = current_frame()
+    record.compile_id = current_compile_id()
+    record.index = len(state.records)
     state.records.append(record)
-    logger.info(
-        "graph %d: %d of %d convolutions rewritten",
-        len(state.records) - 1,
-        sum(d.sparse for d in decisions),
-        len(decisions),
-    )
+    graph_rewritten(record.index, record)
     return graph_module, record
 
 
@@ -333,12 +334,14 @@ class PhaseDispatcher:
         if key not in self.by_count:
             start = time.perf_counter()
             lowered = _copy(self.graph_module)
-            with lowering_context(self.fake_mode):
+            # the cache's key holds the names of our operators, not what this version of them does
+            tagged = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} ssprop-fx {__version__}")
+            with lowering_context(self.fake_mode), tagged:
                 LowerBackward(counts, self.decompositions)(lowered)
                 self.record.lowered[key] = _copy(lowered)
                 self.by_count[key] = self.compiler(lowered, self.example_inputs)
-            self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
-            logger.info("compiled the backward graph of phase %s", factors)
+            seconds = self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
+            backward_lowered(self.record.index, self.record, factors, self.record.lowered[key], seconds)
         run = self.by_factor[factors] = self.by_count[key]
         return run
 

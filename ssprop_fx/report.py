@@ -235,6 +235,10 @@ class Report:
             raise ValueError(f"step {step}: steps count from 0")
         return replace(self._with(self.factor_at(step)), step=step)
 
+    def at_factor(self, factor: float) -> Report:
+        """The report of a factor, 0 ≤ factor ≤ 1, whatever the step; its ``step`` stays."""
+        return self._with(factor)
+
     def kept_at(self, factor: float) -> Mapping[str, Sequence[int]]:
         """Layer → channels that each of its calls keeps at a factor, for the layers whose shapes are known."""
         return self._plan(factor)

@@ -88,17 +88,34 @@ def test_inductor_lists_its_decompositions():
     assert torch.ops.aten.native_batch_norm_backward.default in _compat.inductor_decompositions()
 
 
-def test_the_frame_that_is_compiled_has_a_number():
-    frames = []
+def test_a_compile_has_an_id():
+    ids = []
 
     def backend(graph_module, inputs):
-        frames.append(_compat.current_frame())
+        ids.append(_compat.current_compile_id())
         return graph_module.forward
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
-    assert len(frames) == 1
-    assert frames[0]
-    assert _compat.current_frame() == ""
+    assert len(ids) == 1
+    assert str(ids[0]).count("/") == 1
+    assert _compat.current_compile_id() is None
+
+
+def test_artifacts_reach_the_structured_trace():
+    import logging
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    trace = logging.getLogger("torch.__trace")
+    trace.addHandler(handler)
+    try:
+        _compat.trace_artifact("ssprop_test", lambda: "the text", None)
+    finally:
+        trace.removeHandler(handler)
+    (record,) = records
+    assert record.metadata["artifact"] == {"name": "ssprop_test", "encoding": "string"}
+    assert record.payload == "the text"
 
 
 def test_a_fake_mode_is_found_among_inputs():
