@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._compat import in_backward
 from .errors import SSPropError
@@ -121,8 +121,12 @@ def settled(policy: Policy) -> dict[str, dict]:
     found["kept"] = {factor: dict(plan) for factor, plan in policy.remembered["kept"].items()}
     seen: dict[tuple, int] = {}
     for live in allocations_of(policy):
-        costs = {("flops", d.layer): d.flops for d in live.demands.values() if d.layer not in live._provisional}
-        counts = {("kept", factor, layer): n for factor, plan in live._plans.items() for layer, n in plan.items()}
+        costs: dict[tuple[Any, ...], int] = {
+            ("flops", d.layer): d.flops for d in live.demands.values() if d.layer not in live._provisional
+        }
+        counts: dict[tuple[Any, ...], int] = {
+            ("kept", factor, layer): n for factor, plan in live._plans.items() for layer, n in plan.items()
+        }
         for (*path, layer), value in (costs | counts).items():
             place = found[path[0]] if len(path) == 1 else found["kept"].setdefault(path[1], {})
             if seen.setdefault((*path, layer), value) == value:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import inspect
 import itertools
 import threading
 import time
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import ops
+from . import gather, ops
 from ._compat import (
     aot_autograd,
     autograd_cache_off,
@@ -334,8 +336,9 @@ class PhaseDispatcher:
         if key not in self.by_count:
             start = time.perf_counter()
             lowered = _copy(self.graph_module)
-            # the cache's key holds the names of our operators, not what this version of them does
-            tagged = torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} ssprop-fx {__version__}")
+            # the compiler's cache knows the names of our operators, not what they do in this version
+            config: Any = torch.compiler.config
+            tagged = config.patch(cache_key_tag=f"{config.cache_key_tag} {_operators_digest()}")
             with lowering_context(self.fake_mode), tagged:
                 LowerBackward(counts, self.decompositions)(lowered)
                 self.record.lowered[key] = _copy(lowered)
@@ -354,6 +357,11 @@ class PhaseDispatcher:
             demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
         counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
         return counts
+
+
+@functools.cache
+def _operators_digest() -> str:
+    return f"ssprop-fx {hashlib.sha256(inspect.getsource(gather).encode()).hexdigest()[:16]}"
 
 
 def _resolve(policy: Any) -> Policy | None:

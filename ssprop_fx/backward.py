@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .convolutions import ConvArgs
+from .gather import channels_last, spread, take
 from .masking import is_masked, masked
 from .selection import choices, importance, kept_channels
 
@@ -80,10 +81,10 @@ def sparse_backward(
     if not any(mask):
         return input_grad, None, None
 
-    kept_grad = take(grad, 1, index)
+    kept_grad = take(grad, 1, index, compiling)
     rows = _input_channels(index, input.shape[1] // groups) if whole_groups else None
-    kept_input = input if rows is None else take(input, 1, rows)
-    kept_weight = _take_weight(weight, index, rows, args, keep)
+    kept_input = input if rows is None else take(input, 1, rows, compiling)
+    kept_weight = _take_weight(weight, index, rows, args, compiling)
     kept_args = args._replace(groups=keep) if whole_groups else args
     convolve = _pointwise_backward if _is_matrix_product(kept_input, kept_weight, kept_args) else dense_backward
     gi, gw, _ = convolve(kept_grad, kept_input, kept_weight, kept_args, (mask[0], mask[1], False))
@@ -136,7 +137,7 @@ def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
         and all(k == 1 for k in weight.shape[2:])
         and all(s == 1 for s in args.stride)
         and all(p == 0 for p in args.padding)
-        and _channels_last(input)
+        and channels_last(input)
     )
 
 
@@ -158,38 +159,6 @@ def _pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvA
     return gi, gw, None
 
 
-def _channels_last(tensor: Tensor) -> bool:
-    """Whether channels are the innermost dimension of dense memory, (N, *spatial, C)."""
-    return tensor.shape[1] > 1 and tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
-
-
-def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """``index_select`` that keeps the memory format: with channels last, dim 1 is gathered along the last axis."""
-    if dim == 1 and tensor.dim() > 2 and _channels_last(tensor):
-        order = (0, *range(2, tensor.dim()), 1)
-        back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
-        last = tensor.permute(order)
-        return last.gather(-1, index.expand(*last.shape[:-1], -1)).permute(back)
-    return tensor.index_select(dim, index)
-
-
-def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: bool) -> Tensor:
-    """The inverse of :func:`take`: a tensor of ``like``'s shape and layout with ``values`` at ``index``, else zero."""
-    if not compiling:
-        return torch.zeros_like(like, dtype=values.dtype).index_copy_(dim, index, values)
-    # Written as a gather, the result is one pass over its memory that a compiler can fuse: no zeros, no scatter. The
-    # axes are taken in the order of memory, or the compiler would make a contiguous tensor and copy it.
-    place = torch.full((like.shape[dim],), -1, device=index.device, dtype=index.dtype)
-    place = place.scatter(0, index, torch.arange(index.shape[0], device=index.device))
-    strides = like.stride()
-    order = sorted(range(like.dim()), key=lambda d: (-strides[d], d))
-    axis = order.index(dim)
-    values = values.permute(order).index_select(axis, place.clamp(min=0))
-    kept = (place >= 0).view([-1 if d == axis else 1 for d in range(like.dim())])
-    result = torch.where(kept, values, 0)
-    return result.permute([order.index(d) for d in range(like.dim())])
-
-
 def _lists(args: ConvArgs) -> tuple:
     return (
         list(args.stride),
@@ -207,15 +176,15 @@ def _input_channels(groups: Tensor, per_group: int) -> Tensor:
     return (groups.unsqueeze(1) * per_group + torch.arange(per_group, device=groups.device)).flatten()
 
 
-def _take_weight(weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, keep: int) -> Tensor:
+def _take_weight(weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, compiling: bool) -> Tensor:
     if not args.transposed:
-        return take(weight, 0, index)
+        return take(weight, 0, index, compiling)
     if rows is not None:
-        return take(weight, 0, rows)
+        return take(weight, 0, rows, compiling)
     if args.groups == 1:
-        return take(weight, 1, index)
+        return take(weight, 1, index, compiling)
     flat = _outputs_first(weight, args.groups)
-    return _inputs_first(take(flat, 0, index), args.groups)
+    return _inputs_first(take(flat, 0, index, compiling), args.groups)
 
 
 def _spread_weight(

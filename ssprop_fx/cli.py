@@ -1,6 +1,7 @@
 """The command ``ssprop-fx``: its entry point, where errors become text and exit codes.
 
-0 is success, 1 an error of a policy or a model, 2 a wrong command line. The commands are in :mod:`ssprop_fx.commands`.
+0 is success, 1 an error of a policy or a model, 2 a wrong command line. The commands are in
+:mod:`ssprop_fx.commands` and :mod:`ssprop_fx.timing_commands`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
 # temporary of G's size is made.
-_SLICE = 1 << 17
+_SLICE = 1 << 18
 
 AUTO = 0  # `round_to: auto` where an operator argument has to be a whole number
 

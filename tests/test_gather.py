@@ -1,0 +1,53 @@
+"""Taking channels and putting them back: layouts, the operators that stand for it in graphs, autograd."""
+
+import pytest
+import torch
+
+from ssprop_fx.gather import channels_last, spread, take
+
+INDEX = torch.tensor([1, 4, 6])
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+}
+
+
+@pytest.fixture(params=[(8, 8), (8, 8, 5), (8, 8, 5, 4), (8, 8, 2, 3, 4)], ids=str)
+def tensor(request):
+    torch.manual_seed(0)
+    return torch.randn(request.param)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_take_is_index_select_and_keeps_channels_last(tensor, layout, dim, compiling):
+    tensor = LAYOUTS[layout](tensor)
+    got = take(tensor, dim, INDEX, compiling)
+    assert torch.equal(got, tensor.index_select(dim, INDEX))
+    if tensor.dim() > 2:
+        assert channels_last(got) == channels_last(tensor)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
+def test_spread_undoes_take(tensor, layout, dim, compiling):
+    tensor = LAYOUTS[layout](tensor)
+    got = spread(take(tensor, dim, INDEX), dim, INDEX, tensor, compiling)
+    expected = torch.zeros_like(tensor).index_copy(dim, INDEX, tensor.index_select(dim, INDEX))
+    assert torch.equal(got, expected)
+    assert got.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operators_pass_opcheck(tensor, layout, dim):
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.ssprop.take, (LAYOUTS[layout](tensor), dim, INDEX), test_utils=tests)
+    torch.library.opcheck(torch.ops.ssprop.places, (INDEX, 8), test_utils=tests)
+
+
+def test_places_tells_where_each_channel_stands():
+    assert torch.ops.ssprop.places(INDEX, 8).tolist() == [-1, 0, -1, -1, 1, -1, 2, -1]
