@@ -125,3 +125,17 @@ def test_images_from_folders(tmp_path):
     assert data.train_labels.tolist() == [0, 1]
     with pytest.raises(SystemExit, match="expected digits, fashion-mnist"):
         Images.load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_as_accurate_within_noise(tmp_path):
+    """At full length, three seeds each: the means differ by less than three standard errors of counting 517 test images."""
+    found = {}
+    for options in ((), ("--amp",)):
+        runs = [train("train_classifier", tmp_path / f"{seed}{options}", "--seed", str(seed), *options) for seed in range(3)]
+        found[options] = sum(log[-1]["accuracy"] for log in runs) / 3
+    share = sum(found.values()) / 2
+    error = (2 * share * (1 - share) / (3 * 517)) ** 0.5
+    print(found, error)
+    assert share > 0.9
+    assert abs(found[()] - found[("--amp",)]) < 3 * error
