@@ -36,6 +36,8 @@ schedule:
   kind: bar               # bar | constant | linear | cosine
   period: 2               # bar: dense in the first half of a period, sparse in the second
   warmup: 0               # dense steps first
+  # total: 10000          # if you know how many steps the run has: ending them densely, a quarter, say,
+  # cooldown: 2500        # gives back accuracy where training is short (docs/results.md)
   clock: optimizer        # optimizer | manual (you call policy.step() after every optimizer step)
 
 # Where. The last rule that matches a layer decides; it changes only the keys that it names.
