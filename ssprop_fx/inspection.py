@@ -24,7 +24,7 @@ from .report import Plan, Report, Row
 from .selection import AUTO
 from .sites import Site
 from .tracing import TracedModule, capture
-from .transform import Transformation, transform, transformation_of
+from .transform import SCRIPTED, Transformation, scripted_convolutions, transform, transformation_of
 
 if TYPE_CHECKING:
     from .backend import GraphRecord, PhaseDispatcher
@@ -309,6 +309,7 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
             kinds = sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
             reason = _OUTSIDE if measurement is None or name in missed else "no backward pass in the measured step"
             left.append(_left_row(name, reason, spec.name, kinds))
+    left += [_left_row(name, SCRIPTED) for name in scripted_convolutions(model)]
     known = {row.layer for row in left}
     for name, (_, function, of_kinds) in missed.items():
         if name not in layers and name not in known:  # functional ones
@@ -349,13 +350,15 @@ def _uses(record: GraphRecord) -> dict[str, list[_Use]]:
             call = _backward_call(node, node.args[4:10], node.args[10])
             if call is not None:
                 found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(_Use(call, dispatcher, node.name))
-    dense = _dense_calls(record)
+    dense, in_backward = _dense_calls(record), set(found)
     for decision in record.decisions:
         c = decision.convolution
-        if dispatcher is not None and decision.sparse:
+        if dispatcher is not None and decision.sparse and c.layer in in_backward:
             continue
         call = _captured_call(c)
-        if call is not None:
+        if call is not None and dispatcher is not None and decision.sparse:
+            found.setdefault(c.layer, []).append(_Use(replace(call, needs=(False, False))))
+        elif call is not None:
             match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
             if match is not None:
                 call = replace(call, needs=dense.pop(match)[2])

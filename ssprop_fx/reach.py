@@ -163,8 +163,8 @@ def _resolve(
         found = sys.modules.get(name) or sys.modules.get(f"{(function.__module__ or '').rpartition('.')[0]}.{name}")
     if isinstance(found, types.ModuleType):
         if not found.__name__.startswith("torch.") and found.__name__ != "torch":
-            for value in (_of_module(found, n) for n in names):
-                yield from _global(value, cls, names)
+            for n in names & vars(found).keys():  # asking for others would import what a lazy module has not loaded yet
+                yield from _global(vars(found)[n], cls, names)
     elif found is not None:
         yield from _global(found, cls, names)
     if cls is not None:
@@ -189,14 +189,6 @@ def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Re
 
 def _with_items(value: Any) -> list[Any]:
     return list(_stored([value], _DEPTH)) if isinstance(value, _CONTAINERS) else [value]
-
-
-def _of_module(module: types.ModuleType, name: str) -> Any:
-    """A module's attribute; one that would import what is not installed has none."""
-    try:
-        return getattr(module, name, None)
-    except Exception:  # a module's own __getattr__ may raise anything
-        return None
 
 
 def _members(cls: type, name: str) -> Iterator[Any]:

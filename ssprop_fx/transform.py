@@ -22,6 +22,8 @@ from .sites import Site, convolve_linear_module, convolve_module, convolve_trans
 
 logger = logging.getLogger(__name__)
 
+SCRIPTED = "inside a module scripted by torch.jit; transform the model before scripting"  # why a layer is left as it is
+
 _RECORD = "_ssprop"  # attribute of a transformed model's root
 
 
@@ -98,7 +100,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
     for name in scripted_convolutions(model):
-        record.skipped[name] = "inside a module scripted by torch.jit; transform the model before scripting"
+        record.skipped[name] = SCRIPTED
     vars(result)[_RECORD] = record
     logger.info(
         "transformed %s: %d convolution modules, %d modules watched for functional calls",
@@ -178,9 +180,9 @@ def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
 
 
 def scripted_convolutions(model: nn.Module) -> Iterator[str]:
-    """Names of the convolutions inside modules scripted by ``torch.jit``."""
+    """Names of the convolutions inside modules scripted or traced by ``torch.jit``."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.RecursiveScriptModule) and module.original_name.startswith("Conv"):
+        if isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", "").startswith("Conv"):
             yield name
 
 

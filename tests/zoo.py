@@ -6,13 +6,18 @@ At most three belong to a model family. ``python tests/zoo.py docs/models.md`` w
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib
+import importlib.metadata
+import itertools
+import os
 import pickle
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,12 +266,13 @@ class Step:
         return [n for n in self.grads if not torch.equal(self.grads[n], other.grads[n])]
 
 
-def run_step(model: nn.Module, arguments: tuple, seed: int = 0) -> Step:
+def run_step(model: nn.Module, arguments: tuple | dict, seed: int = 0) -> Step:
     """One training step from a fixed random state; buffers that it changes are put back, gradients left at None."""
     kept = [(b, b.detach().clone()) for b in model.buffers()]
     torch.manual_seed(seed)
     model.zero_grad()
-    outputs = [t for t in tensors_of(model(*arguments)) if t.is_floating_point() and t.requires_grad]
+    result = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
+    outputs = [t for t in tensors_of(result) if t.is_floating_point() and t.requires_grad]
     torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -297,7 +303,28 @@ def pickles(model: nn.Module) -> bool:
     return True
 
 
-def graphs_captured(model: Model, limit: float = 120.0) -> str:
+def families() -> Iterator[Model]:
+    """The networks of tests/families, as its tests build them."""
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "families"))
+    tests: Any = importlib.import_module("test_families")
+    made: list[tuple[nn.Module, Any]] = []
+    tests.assert_trains = lambda original, inputs, *_, **__: made.append((copy.deepcopy(original), inputs))
+    for name, test in list(vars(tests).items()):
+        if name.startswith("test_"):
+            marks = [m.args for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
+            made.clear()
+            for values in marks[0][1] if marks else [()]:
+                torch.manual_seed(0)
+                test(*([values] if marks else []))
+                label = f"{name.removeprefix('test_')}{f' ({values})' if marks else ''}".replace("_", " ")
+                for original, inputs in made:
+                    yield Model(
+                        label, "tests/families", "tests/families", lambda o=original: copy.deepcopy(o), lambda i=inputs: i
+                    )
+                made.clear()
+
+
+def graphs_captured(model: Model) -> str:
     """How many graphs Dynamo makes of the transformed model in a training step, or why it makes none."""
     torch._dynamo.reset()
     net = ssprop_fx.transform(model.build(), policy())
@@ -351,7 +378,8 @@ step of each model, counted with `ssprop_fx.inspect(model, inputs)`.
   model's own.
 - *transform, s*: seconds that `transform` took.
 
-The first eight are the development suite. `pip install -e '.[families]'` installs the libraries, {versions} here. spikingjelly
+The first eight are the development suite; forty models of the same libraries follow, and the networks of `tests/families`, which
+have the structures of published research systems. `pip install -e '.[families]'` installs the libraries, {versions} here. spikingjelly
 requires torchaudio, whose compiled part must fit the installed torch; where it does not, `import transformers` (and with it
 diffusers) fails: `pip uninstall torchaudio` then, nothing here needs it.
 
@@ -367,14 +395,14 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [_COLUMNS]
-    for model in MODELS:
+    for model in itertools.chain(MODELS, families()):
         if options.only is None or model.name in options.only:
             rows.append(table_row(model, not options.no_compile))
             print("  ".join(rows[-1]), flush=True)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(_COLUMNS))
-    libraries = dict.fromkeys(model.library for model in MODELS)
-    versions = ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in libraries)
+    libraries = dict.fromkeys(model.library for model in MODELS)  # families use them, too
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     with open(options.file, "w", encoding="utf-8") as file:
         file.write(_INTRODUCTION.format(torch=torch.__version__, versions=versions) + "\n".join(lines) + "\n")
 

@@ -1,0 +1,212 @@
+"""Models at the edge: each is handled as its user would expect, or refused with what to do, through both front ends."""
+
+import pytest
+import torch
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy, SSPropError, TransformError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def policy(**changes):
+    return Policy(**({"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant"}} | changes))
+
+
+def transformed(model, rule):
+    return ssprop_fx.transform(model, rule)
+
+
+def compiled(model, rule):
+    return torch.compile(model, backend="ssprop", options={"policy": rule, "inner": "aot_eager"})
+
+
+front_ends = pytest.mark.parametrize("front_end", [transformed, compiled])
+
+
+def step(model, x=X):
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return {n.removeprefix("_orig_mod."): p.grad for n, p in model.named_parameters()}
+
+
+def zero_rows(grad):
+    return int((grad.flatten(1).abs().sum(1) == 0).sum())
+
+
+def refused(front_end, model, match, x=X):
+    """The error of the front end, which comes with the first step where the compiler is in between."""
+    with pytest.raises(Exception, match=match) as error:
+        step(front_end(model, policy()), x)
+    return getattr(error.value, "inner_exception", error.value)
+
+
+@front_ends
+def test_a_model_without_convolutions_is_refused_and_its_layers_listed(front_end):
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    error = refused(front_end, model, r"Sequential has no convolution.*2 × Linear, 1 × ReLU")
+    assert isinstance(error, TransformError)
+
+
+@front_ends
+def test_a_model_without_convolutions_is_welcome_where_a_rule_asks_for_linear_layers(front_end):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
+    grads = step(front_end(model, policy(rules=[{"kind": "linear", "layers": "1", "drop_rate": 0.75}])))
+    assert zero_rows(grads["1.weight"]) == 6
+    assert zero_rows(grads["3.weight"]) == 0
+
+
+def frozen():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)
+    return model
+
+
+@front_ends
+def test_frozen_convolutions_train_the_rest_as_ever_and_the_report_says_why_they_save_nothing(front_end):
+    expected = step(frozen())
+    model = front_end(frozen(), policy())
+    got = step(model)
+    assert got["0.weight"] is got["2.bias"] is None
+    assert torch.equal(got["4.weight"], expected["4.weight"])
+    report = ssprop_fx.inspect(model)
+    assert [row.layer for row in report.rows] == ["0", "2"]
+    assert all("no gradient" in row.reason for row in report.rows)
+    measured = ssprop_fx.inspect(model, X).measurement
+    assert (measured.dense, measured.sparse, measured.coverage) == (0, 0, 1.0)
+
+
+@front_ends
+def test_the_gradient_that_flows_through_a_frozen_convolution_is_sparse(front_end):
+    x = X.clone().requires_grad_()
+    dense = torch.autograd.grad(frozen()(x).square().mean(), x)[0]
+    model = front_end(frozen(), policy())
+    (grad,) = torch.autograd.grad(model(x).square().mean(), x)
+    assert grad.shape == dense.shape
+    assert not torch.equal(grad, dense)
+    assert ssprop_fx.inspect(model).flops_now < ssprop_fx.inspect(model).flops_dense
+
+
+def lazy():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.LazyConvTranspose2d(6, 3))
+
+
+def test_a_lazy_convolution_is_refused_by_name_and_taken_after_a_forward_pass():
+    model = lazy()
+    error = refused(transformed, model, r"^0 is a lazy module that has no weight yet.*forward")
+    assert isinstance(error, TransformError)
+    with torch.no_grad():
+        model(X)
+    grads = step(transformed(model, policy()))
+    assert zero_rows(grads["0.weight"]) == 4
+
+
+def test_the_compiler_materialises_a_lazy_convolution_first():
+    model = compiled(lazy(), policy())
+    with torch.no_grad():
+        model(X)
+    assert zero_rows(step(model)["0.weight"]) == 4
+    assert {row.layer for row in ssprop_fx.inspect(model).rows if row.rewritten} == {"0", "2"}
+
+
+@front_ends
+def test_the_meta_device_gives_shapes(front_end):
+    with torch.device("meta"):
+        original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2))
+    model = front_end(original, policy())
+    output = model(torch.empty(2, 3, 8, 8, device="meta"))
+    assert (output.shape, output.device.type) == ((2, 4, 7, 7), "meta")
+    output.sum().backward()
+    assert {n: p.grad.shape for n, p in original.named_parameters()} == {n: p.shape for n, p in original.named_parameters()}
+
+
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+def test_a_scripted_model_is_refused_and_by_the_compiler_too():
+    assert isinstance(
+        refused(transformed, scripted(), r"scripted or traced by torch\.jit.*on the Python model"), TransformError
+    )
+    traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 8, 3)), X)
+    assert isinstance(refused(transformed, traced, r"scripted or traced by torch\.jit"), TransformError)
+    with pytest.raises(RuntimeError, match=r"does not support compiling torch\.jit\.script"):  # PyTorch's own refusal
+        compiled(scripted(), policy())
+
+
+class Partly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.rest = nn.Conv2d(3, 8, 3), torch.jit.trace(nn.Sequential(nn.Conv2d(8, 8, 1)), torch.ones(1, 8, 2, 2))
+
+    def forward(self, x):
+        return self.rest(self.stem(x))
+
+
+@front_ends
+def test_a_traced_part_stays_dense_and_is_named(front_end):
+    model = front_end(Partly(), policy())
+    grads = step(model)
+    assert zero_rows(grads["stem.weight"]) == 4
+    assert zero_rows(grads["rest.0.weight"]) == 0
+    left = {row.layer: row.reason for row in ssprop_fx.inspect(model).rows if not row.rewritten}
+    assert left.keys() == {"rest.0"}
+    assert "scripted" in left["rest.0"]
+
+
+def test_a_transformed_model_is_not_transformed_again():
+    model = transformed(nn.Sequential(nn.Conv2d(3, 8, 3)), policy())
+    for again in (model, nn.Sequential(model), nn.ModuleDict({"net": model})):
+        with pytest.raises(TransformError, match=r"transformed already.*on the original model"):
+            transformed(again, policy())
+
+
+def test_a_transformed_model_is_compiled_under_its_own_policy_and_no_other():
+    rule = policy()
+    model = transformed(nn.Sequential(nn.Conv2d(3, 8, 3)), rule)
+    assert zero_rows(step(compiled(model, rule))["0.weight"]) == 4
+    torch._dynamo.reset()
+    error = refused(compiled, model, "transformed under one policy and is compiled with another")
+    assert isinstance(error, SSPropError)
+
+
+def test_a_compiled_model_is_not_transformed():
+    for model in (torch.compile(nn.Conv2d(3, 8, 3)), nn.Sequential(torch.compile(nn.Conv2d(3, 8, 3)))):
+        with pytest.raises(TransformError, match=r"already compiled.*transform first"):
+            transformed(model, policy())
+
+
+@pytest.mark.parametrize("thing", [nn.Conv2d, lambda x: x, 3, None, "resnet18", [nn.Conv2d(3, 8, 3)]], ids=str)
+def test_what_is_no_module_is_refused(thing):
+    with pytest.raises(TransformError, match=rf"takes a torch\.nn\.Module, got {type(thing).__name__}"):
+        transformed(thing, policy())
+
+
+def test_a_compiled_function_of_a_module_is_a_model_like_any_other():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    compiled(lambda x: model(x).relu(), policy())(X).sum().backward()
+    assert zero_rows(model[0].weight.grad) == 4
+    assert ssprop_fx.inspect(model)["0"].rewritten
+
+
+def test_a_model_with_one_convolution_at_the_root_has_an_empty_name():
+    torch.manual_seed(0)
+    model = transformed(nn.Conv2d(3, 8, 3), policy())
+    assert zero_rows(step(model)["weight"]) == 4
+    assert [row.layer for row in ssprop_fx.inspect(model).rows] == [""]
