@@ -111,7 +111,6 @@ def fake_mode_of(inputs: Sequence[Any]) -> Any:
     return detect_fake_mode(inputs)
 
 
-<<<<<<< HEAD
 def current_compile_id() -> Any:
     """Dynamo's name for the compile that is going on, ``0/1``: the frame, and which compile of it; None outside of one."""
     return torch._guards.CompileContext.current_compile_id()
@@ -126,12 +125,6 @@ def trace_artifact(name: str, payload: Callable[[], str], compile_id: Any) -> No
         expect_trace_id=False,
         compile_id=compile_id,
     )
-=======
-def current_frame() -> str:
-    """Dynamo's number of the frame that is being compiled, without the count of its recompilations."""
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    return str(compile_id).split("/")[0] if compile_id is not None else ""
->>>>>>> 9bebbe3 (wip3)
 
 
 @contextlib.contextmanager

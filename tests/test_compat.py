@@ -88,7 +88,6 @@ def test_inductor_lists_its_decompositions():
     assert torch.ops.aten.native_batch_norm_backward.default in _compat.inductor_decompositions()
 
 
-<<<<<<< HEAD
 def test_a_compile_has_an_id():
     ids = []
 
@@ -117,19 +116,6 @@ def test_artifacts_reach_the_structured_trace():
     (record,) = records
     assert record.metadata["artifact"] == {"name": "ssprop_test", "encoding": "string"}
     assert record.payload == "the text"
-=======
-def test_the_frame_that_is_compiled_has_a_number():
-    frames = []
-
-    def backend(graph_module, inputs):
-        frames.append(_compat.current_frame())
-        return graph_module.forward
-
-    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
-    assert len(frames) == 1
-    assert frames[0]
-    assert _compat.current_frame() == ""
->>>>>>> 9bebbe3 (wip3)
 
 
 def test_a_fake_mode_is_found_among_inputs():
