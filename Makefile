@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format docs clean
 .SECONDARY:
 
 demo: .venv/.installed-demo
@@ -25,8 +25,11 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site
 
 # .venv/.installed-test: the package, editable, with the extra `test`
 .venv/.installed-%: pyproject.toml | .venv/bin/python

@@ -187,7 +187,8 @@ def ssprop(
     """The ``torch.compile`` backend ``"ssprop"``; users name it, nobody calls it.
 
     Args:
-        graph_module, example_inputs: from Dynamo.
+        graph_module: from Dynamo.
+        example_inputs: of the graph, from Dynamo.
         options: ``policy`` (a :class:`Policy`, a path or a mapping; the default policy without), ``inner``
             (``inductor``, ``aot_eager`` or ``eager``); everything else is handed to Inductor as a config patch.
         mode: as for Inductor.

@@ -41,6 +41,15 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
 
     Raises:
         SSPropError: the model is neither, or it is compiled and no graph has been captured yet.
+
+    Examples:
+        >>> policy = ssprop_fx.Policy(drop_rate=0.75, schedule={"kind": "constant"})
+        >>> model = ssprop_fx.transform(torch.nn.Conv2d(3, 8, 3), policy)
+        >>> report = inspect(model, torch.randn(2, 3, 8, 8))
+        >>> report.coverage
+        1.0
+        >>> report.rows[0].kept, report.rows[0].total, report.rows[0].output_shape
+        (2, 8, (2, 8, 6, 6))
     """
     from .naming import unwrap
 

@@ -57,16 +57,17 @@ class Meter:
     Raises:
         SSPropError: no output of the model carries a gradient, or a step begins inside another.
 
-    >>> model = ssprop_fx.transform(torch.nn.Conv2d(3, 8, 3), {"drop_rate": 0.5, "schedule": {"kind": "constant"}})
-    >>> batch = torch.randn(2, 3, 16, 16)
-    >>> meter = ssprop_fx.Meter(model, batch)
-    >>> for _ in range(3):
-    ...     with meter:
-    ...         model(batch).sum().backward()
-    >>> meter.readings[0].backward_flops  # half of a weight gradient's 2 · 2·8·14·14 · 3·3·3
-    84672.0
-    >>> len(meter.readings)
-    3
+    Examples:
+        >>> model = ssprop_fx.transform(torch.nn.Conv2d(3, 8, 3), {"drop_rate": 0.5, "schedule": {"kind": "constant"}})
+        >>> batch = torch.randn(2, 3, 16, 16)
+        >>> meter = ssprop_fx.Meter(model, batch)
+        >>> for _ in range(3):
+        ...     with meter:
+        ...         model(batch).sum().backward()
+        >>> meter.readings[0].backward_flops  # half of a weight gradient's 2 · 2·8·14·14 · 3·3·3
+        84672.0
+        >>> len(meter.readings)
+        3
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None, callback: Callable[[Reading], None] | None = None) -> None:

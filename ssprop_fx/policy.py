@@ -38,9 +38,10 @@ class Policy:
 
     Each policy has its own clock and is equal to itself alone; for equal contents compare :attr:`digest`.
 
-    >>> policy = Policy(drop_rate=0.5, schedule={"period": 4}, rules=[{"layers": "stem.*", "drop_rate": 0}])
-    >>> [policy.factor, policy.step(), policy.step(), policy.factor]
-    [0.0, None, None, 1.0]
+    Examples:
+        >>> policy = Policy(drop_rate=0.5, schedule={"period": 4}, rules=[{"layers": "stem.*", "drop_rate": 0}])
+        >>> [policy.factor, policy.step(), policy.step(), policy.factor]
+        [0.0, None, None, 1.0]
     """
 
     __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest", "remembered")

@@ -114,6 +114,16 @@ class Report:
         measurement: counted convolution backwards of one step, if example inputs were given.
         calls: layer → its calls in a step, as far as they are known.
         quantized: whether factors are rounded to the schedule's ``levels``, as compiled code does.
+
+    Examples:
+        >>> import torch, ssprop_fx
+        >>> policy = ssprop_fx.Policy(drop_rate=0.5, schedule={"kind": "bar", "period": 2})
+        >>> model = ssprop_fx.transform(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), policy)
+        >>> report = ssprop_fx.inspect(model, torch.randn(2, 3, 8, 8))
+        >>> report.at(0)["0"].kept, report.at(1)["0"].kept
+        (8, 4)
+        >>> report.conv_flops  # of a weight gradient: 2 · 2·8·6·6 · 3·3·3
+        {'dense': 31104, 'now': 31104, 'mean': 23328.0}
     """
 
     model: str

@@ -140,8 +140,9 @@ class Rule(Checked):
     Raises:
         PolicyError: a key is unknown or its value out of range, or the rule selects or overrides nothing.
 
-    >>> Rule(layers="layer4.*", drop_rate=0.9).selects("layer4.0.conv1", {"conv2d"})
-    True
+    Examples:
+        >>> Rule(layers="layer4.*", drop_rate=0.9).selects("layer4.0.conv1", {"conv2d"})
+        True
     """
 
     layers: _Optional[_OneOrMore[_Pattern]] = Field(

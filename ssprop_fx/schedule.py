@@ -36,9 +36,10 @@ class Schedule(Checked):
         PolicyError: a key is unknown or its value out of range, ``cooldown`` lacks ``total``, or ``warmup``
             and ``cooldown`` together exceed ``total``.
 
-    >>> schedule = Schedule(kind="linear", period=5)
-    >>> [schedule.factor(t) for t in range(6)]
-    [0.0, 0.25, 0.5, 0.75, 1.0, 0.0]
+    Examples:
+        >>> schedule = Schedule(kind="linear", period=5)
+        >>> [schedule.factor(t) for t in range(6)]
+        [0.0, 0.25, 0.5, 0.75, 1.0, 0.0]
     """
 
     kind: Literal["constant", "linear", "cosine", "bar"] = Field(

@@ -82,6 +82,14 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
         PolicyError: the policy is invalid, or one of its rules matches no layer.
 
     Source: ssProp, arXiv 2408.12561.
+
+    Examples:
+        >>> policy = ssprop_fx.Policy(drop_rate=0.75, schedule={"kind": "constant"})
+        >>> model = transform(torch.nn.Conv2d(3, 8, 3), policy)
+        >>> model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        >>> rows = model.weight.grad.flatten(1).abs().sum(1)  # 6 of 8 output channels were dropped
+        >>> int((rows > 0).sum())
+        2
     """
     policy = as_policy(policy)
     _refuse(model)
