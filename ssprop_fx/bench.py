@@ -40,7 +40,8 @@ class ArmResult:
         ratio: of the whole step, round by round, to the step of ``base``.
         base: the dense arm that runs the same way, eager or compiled.
         peak_bytes: tensor memory at the highest point of a step, over what lives between steps; None if not measured.
-        ceiling, captured: see the module; None for a dense arm.
+        ceiling: part of the dense step that would be left; None for a dense arm, as is ``captured``.
+        captured: see the module.
     """
 
     first: float
@@ -82,7 +83,7 @@ class BenchResult:
             ms = [f"{1e3 * t:.1f} ms" for t in (arm.forward, arm.backward, arm.step)]
             rows.append((
                 name, *ms, arm.base, str(arm.ratio),
-                "" if arm.ceiling is None else f"{arm.ceiling / self.arms[arm.base].step:.3f}",
+                "" if arm.ceiling is None else f"{arm.ceiling:.3f}",
                 "" if arm.captured is None else f"{arm.captured:.3f}",
                 "" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**20:.1f} MiB",
                 f"{arm.first:.1f} s",
@@ -103,9 +104,11 @@ class BenchResult:
         names = list(self.arms)[::-1]
         axes.boxplot([[1e3 * t for t in self.times[n]] for n in names], orientation="horizontal", tick_labels=names)
         for i, name in enumerate(names, 1):
-            ceiling = self.arms[name].ceiling
-            if ceiling is not None:
-                axes.plot([1e3 * ceiling] * 2, [i - 0.35, i + 0.35], color="tab:red", linestyle=":")
+            arm = self.arms[name]
+            if arm.ceiling is not None:
+                axes.plot(
+                    [1e3 * arm.ceiling * self.arms[arm.base].step] * 2, [i - 0.35, i + 0.35], color="tab:red", linestyle=":"
+                )
         axes.set(xlabel="ms a step (dotted: the ceiling)", title=self.model, xlim=(0, None))
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
@@ -203,6 +206,7 @@ def bench(
         runs[name] = _Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
     progress(f"{rounds} rounds of {', '.join(names)}")
     times = take_turns(runs, rounds, warmup=2)
+    splits = {name: run.splits[-rounds:] for name, run in runs.items()}
     ceilings: dict[str, Ceiling] = {}
     for base in dict.fromkeys(base_of(arm) for arm in arms):
         progress(f"convolutions of {base}")
@@ -212,10 +216,9 @@ def bench(
         base = base_of(name)
         ceiling = captured = None
         if ARMS[name].sparse:
-            dense, ours = statistics.median(times[base]), statistics.median(times[name])
-            ceiling = dense - ceilings[base].saving(run.report())
-            captured = (dense - ours) / (dense - ceiling)
-        split = run.splits[-len(times[name]) :]
+            ceiling = 1 - ceilings[base].saving(run.report())
+            captured = (1 - ratio(times[name], times[base]).median) / (1 - ceiling)
+        split = splits[name]
         results[name] = ArmResult(
             run.first, statistics.median(f for f, _ in split), statistics.median(b for _, b in split),
             statistics.median(times[name]), base, ratio(times[name], times[base]),
@@ -288,12 +291,15 @@ class _Run:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Dense backward time of the convolutions of a step, in seconds, by shapes of gradient, input and weight."""
+    """What part of a dense step the convolutions' backward passes take, by shapes of gradient, input and weight.
 
-    seconds: Mapping[tuple, float]
+    Parts of a step, not seconds: the machine need not be as quick as it was when the steps were timed.
+    """
+
+    shares: Mapping[tuple, float]
 
     @classmethod
-    def of(cls, run: _Run, rounds: int = 5) -> Ceiling:
+    def of(cls, run: _Run, rounds: int = 7) -> Ceiling:
         """By the profiler, from inside whole steps: the median of ``rounds`` steps, for each shape."""
         found: dict[tuple, list[float]] = {}
         for number in range(rounds):
@@ -301,29 +307,29 @@ class Ceiling:
             if torch.cuda.is_available():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-                run()
+                seconds = timed(run)
             for event in profile.events():
                 if event.name == "aten::convolution_backward":
                     key = tuple(tuple(shape) for shape in event.input_shapes[:3])
                     spent = event.device_time_total or event.cpu_time_total
-                    found.setdefault(key, [0.0] * rounds)[number] += spent / 1e6
-        return cls({key: statistics.median(times) for key, times in found.items()})
+                    found.setdefault(key, [0.0] * rounds)[number] += spent / 1e6 / seconds
+        return cls({key: statistics.median(shares) for key, shares in found.items()})
 
     def total(self) -> float:
         """All convolutions of a step."""
-        return sum(self.seconds.values())
+        return sum(self.shares.values())
 
     def saving(self, report: Report) -> float:
-        """Seconds that the dropped channels of a report stand for; layers of one shape are averaged."""
-        shares: dict[tuple, list[float]] = {}
+        """Part of the step that the dropped channels of a report stand for; layers of one shape are averaged."""
+        kept: dict[tuple, list[float]] = {}
         for row in report.rows:
             if row.rewritten and row.output_shape and row.input_shape and row.weight_shape and row.total:
                 key = (tuple(row.output_shape), tuple(row.input_shape), tuple(row.weight_shape))
-                shares.setdefault(key, []).extend([(row.kept or 0) / row.total] * row.calls)
-        missing = self.seconds.keys() - shares.keys()
+                kept.setdefault(key, []).extend([(row.kept or 0) / row.total] * row.calls)
+        missing = self.shares.keys() - kept.keys()
         if missing:
             raise SSPropError(f"{len(missing)} convolutions of the profile are not in the report: {sorted(missing)[:3]}")
-        return sum((1 - statistics.mean(shares[key])) * seconds for key, seconds in self.seconds.items())
+        return sum((1 - statistics.mean(kept[key])) * share for key, share in self.shares.items())
 
 
 # --- what our users might do instead ------------------------------------------------------------------------

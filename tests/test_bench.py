@@ -50,8 +50,8 @@ def test_eager_arms():
     assert eager.ratio == Ratio(1.0, 1.0, 1.0)
     assert eager.ceiling is None
     assert ours.base == "eager"
-    assert 0 < ours.ceiling < eager.step
-    assert ours.captured == pytest.approx((eager.step - ours.step) / (eager.step - ours.ceiling))
+    assert 0 < ours.ceiling < 1
+    assert ours.captured == pytest.approx((1 - ours.ratio.median) / (1 - ours.ceiling))
     assert 0 < ours.peak_bytes <= 2 * eager.peak_bytes
     assert said[0] == "first step of eager"
     assert json.loads(json.dumps(result.to_dict()))["arms"]["transform"]["ratio"]["median"] == ours.ratio.median
@@ -66,7 +66,8 @@ def test_inputs_of_every_form(inputs):
 def test_the_ceiling_takes_every_convolution_at_its_kept_share():
     run = bench._Run("eager", net(), X, Policy(), bench.scalar_loss, None)
     ceiling = bench.Ceiling.of(run, rounds=1)
-    assert len(ceiling.seconds) == 3
+    assert len(ceiling.shares) == 3
+    assert 0 < ceiling.total() < 1
     model = transform(net(), bench.at_factor(Policy(drop_rate=0.75, round_to=1), 1.0))
     model(X)
     assert ceiling.saving(inspect(model)) == pytest.approx(0.75 * ceiling.total())
