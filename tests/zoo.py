@@ -230,11 +230,11 @@ FURTHER = (
     Model("Segformer", "SegFormer", "segmentation_models_pytorch", _smp("Segformer", "mit_b0"), _PICTURE),
     # spikingjelly
     Model("spiking_vgg11_bn", "spiking VGG", "spikingjelly",
-          _spiking("spiking_vgg:spiking_vgg11_bn", num_classes=10), _random(2, 3, 32, 32)),
+          _spiking("spiking_vgg:spiking_vgg11_bn", num_classes=10, v_threshold=0.1), _random(2, 3, 32, 32)),
     Model("sew_resnet18", "spiking ResNet", "spikingjelly",
           _spiking("sew_resnet:sew_resnet18", multi_step=True, num_classes=10, cnf="ADD"), _random(2, 2, 3, 32, 32)),
     Model("CIFAR10DVSNet", "parametric LIF", "spikingjelly",
-          _spiking("parametric_lif_net:CIFAR10DVSNet", channels=8), _random(2, 2, 128, 128)),
+          _spiking("parametric_lif_net:CIFAR10DVSNet", channels=8, v_threshold=0.1), _random(2, 2, 128, 128)),
 )  # fmt: skip
 
 MODELS = DEVELOPMENT + FURTHER
@@ -267,8 +267,8 @@ class Step:
 
 
 def run_step(model: nn.Module, arguments: tuple | dict, seed: int = 0) -> Step:
-    """One training step from a fixed random state; buffers that it changes are put back, gradients left at None."""
-    kept = [(b, b.detach().clone()) for b in model.buffers()]
+    """One training step from a fixed random state; what it changes by itself is put back, gradients left at None."""
+    kept = [(t, t.detach().clone()) for t in (*model.buffers(), *model.parameters())]  # a codebook may be a parameter
     torch.manual_seed(seed)
     model.zero_grad()
     result = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
@@ -277,8 +277,8 @@ def run_step(model: nn.Module, arguments: tuple | dict, seed: int = 0) -> Step:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)
+        for tensor, value in kept:
+            tensor.copy_(value)
     return Step([t.detach().clone() for t in outputs], grads)
 
 
@@ -375,7 +375,7 @@ step of each model, counted with `ssprop_fx.inspect(model, inputs)`.
 - *graph*, *module*, *call*: how many were rewritten on which rung (docs/design.md, section 4).
 - *coverage*: the share of the step's `aten.convolution_backward` calls that the policy reaches, of how many.
 - *Dynamo graphs*: graphs in a training step of the transformed model under `torch.compile(backend="ssprop")`; breaks are the
-  model's own.
+  model's own. Empty where it was not measured (`--no-compile`).
 - *transform, s*: seconds that `transform` took.
 
 The first eight are the development suite; forty models of the same libraries follow, and the networks of `tests/families`, which
@@ -391,12 +391,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="where the table goes, docs/models.md")
     parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--skip", nargs="*", default=(), help="names of models to leave out")
     parser.add_argument("--no-compile", action="store_true", help="leave the graphs of Dynamo out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [_COLUMNS]
     for model in itertools.chain(MODELS, families()):
-        if options.only is None or model.name in options.only:
+        if (options.only is None or model.name in options.only) and model.name not in options.skip:
             rows.append(table_row(model, not options.no_compile))
             print("  ".join(rows[-1]), flush=True)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
