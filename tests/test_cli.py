@@ -38,6 +38,7 @@ def run(monkeypatch, capsys):
 def every_command():
     from typer.main import get_command
 
+    import ssprop_fx.timing_commands  # noqa: F401 (adds its commands)
     from ssprop_fx.commands import app
 
     groups = [([], get_command(app))]
