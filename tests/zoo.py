@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import importlib
 import importlib.metadata
 import itertools
@@ -327,6 +328,7 @@ def families() -> Iterator[Model]:
 def graphs_captured(model: Model) -> str:
     """How many graphs Dynamo makes of the transformed model in a training step, or why it makes none."""
     torch._dynamo.reset()
+    gc.collect()  # spikingjelly knows networks by weak reference, and Dynamo counts on their number
     net = ssprop_fx.transform(model.build(), policy())
     rule = net.__dict__["_ssprop"].policy
     try:
