@@ -114,7 +114,8 @@ class BackwardCounter(TorchDispatchMode):
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     """Run one dense and one sparse training step and count.
 
-    The loss is the mean square of every floating-point output. Buffers, gradients and random states are put back.
+    The loss is the mean square of every floating-point output. Buffers, frozen parameters, gradients and random states
+    are put back.
 
     Args:
         model: transformed, compiled, or both.
@@ -250,7 +251,8 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]  # a codebook that the forward itself moves
+    buffers = [(b, b.detach().clone()) for b in (*model.buffers(), *frozen)]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
