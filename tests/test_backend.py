@@ -241,10 +241,11 @@ def test_a_warm_cache_is_never_stale(tmp_path):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_one_forward_and_two_backwards_of_a_resnet():
-    torchvision = pytest.importorskip("torchvision")
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("mobilenet_v2", {"dropout": 0.0})])
+def test_inductor_compiles_one_forward_and_two_backwards(name, options):
+    models = pytest.importorskip("torchvision").models
     torch.manual_seed(0)
-    model, policy = torchvision.models.resnet18(), bar(drop_rate=0.8)
+    model, policy = models.get_model(name, weights=None, **options), bar(drop_rate=0.8)
     torch._dynamo.reset()
     run = torch.compile(model, backend="ssprop", options={"policy": policy})
     plain = torch.compile(model)
@@ -265,3 +266,9 @@ def test_inductor_compiles_one_forward_and_two_backwards_of_a_resnet():
         same.step()
     ((_, record),) = records_of(model)
     assert (record.forward_compiles, record.backward_compiles) == (1, 2)
+    report = ssprop_fx.inspect(run)
+    assert report.coverage == 1
+    assert len(report.rows) == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(run(images), plain(images))
