@@ -20,7 +20,7 @@ from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .masking import is_masked
 from .policy import Policy, Settings
-from .report import Plan, Report, Row
+from .report import Report, Row
 from .selection import AUTO
 from .sites import Site
 from .tracing import TracedModule, capture
@@ -130,40 +130,64 @@ def _report(
         measurement,
         calls,
         quantized,
-        _plan(policy, layers, demands),
+        _Plan(policy, layers, demands),
         captures,
     )
     return report.at(policy.steps)
 
 
-def _plan(policy: Policy, layers: Mapping[str, _Layer], demands: Mapping[str, Any]) -> Plan:
+class _Plan:
     """Kept counts at any factor, by the code that decides them in training.
 
     Args:
         demands: what the layers have announced already; the others announce what their calls would.
     """
-    planned = Allocation(policy)
-    planned.demands.update(demands)
-    for name, layer in layers.items():
-        if name not in demands and layer.settings.drop_rate > 0 and layer.settings.round_to == "auto":
+
+    def __init__(self, policy: Policy, layers: Mapping[str, _Layer], demands: Mapping[str, Any]) -> None:
+        self.layers, self.allocation = layers, Allocation(policy)
+        self.allocation.demands.update(demands)
+        for name, layer in layers.items():
+            s = layer.settings
+            counts_on_others = s.round_to == "auto" or self.allocation.measures
+            if name not in demands and s.drop_rate > 0 and counts_on_others:
+                for use in layer.uses:
+                    if use.dispatcher is None:
+                        demand = use.call.demand(name, s.drop_rate, self._round_to(s), s.ranking, s.gradients)
+                        self.allocation.announce(demand)
+        self.dispatchers = {
+            id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher
+        }
+        self._known: dict[float, dict[str, tuple[int, ...]]] = {}
+
+    def __call__(self, factor: float) -> dict[str, tuple[int, ...]]:
+        if factor not in self._known:
+            counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in self.dispatchers.items()}
+
+            def kept(name: str, settings: Settings, use: _Use) -> int:
+                if use.dispatcher is not None:
+                    return counts[id(use.dispatcher)][use.node]
+                return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, self._round_to(settings))
+
+            self._known[factor] = {
+                name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in self.layers.items() if v.uses
+            }
+        return self._known[factor]
+
+    def losses(self, factor: float) -> dict[str, str]:
+        """Layers that stay dense at a factor because dropping does not pay, with the measurement."""
+        self(factor)
+        found = {name: str(timing) for name, timing in self.allocation.losses.get(factor, {}).items()}
+        for name, layer in self.layers.items():
             for use in layer.uses:
-                if use.dispatcher is None:
-                    planned.announce(use.call.demand(name, layer.settings.drop_rate))
-    dispatchers = {id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher}
+                if use.dispatcher is not None:
+                    at = use.dispatcher.losses.get((factor,) * len(use.dispatcher.allocations), {})
+                    if use.node in at:
+                        found.setdefault(name, str(at[use.node]))
+        return found
 
-    @functools.cache
-    def plan(factor: float) -> dict[str, tuple[int, ...]]:
-        counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in dispatchers.items()}
-
-        def kept(name: str, settings: Settings, use: _Use) -> int:
-            if use.dispatcher is not None:
-                return counts[id(use.dispatcher)][use.node]
-            round_to = AUTO if settings.round_to == "auto" else settings.round_to
-            return planned.keep(name, use.call.channels, settings.drop_rate, factor, round_to)
-
-        return {name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in layers.items() if v.uses}
-
-    return plan
+    @staticmethod
+    def _round_to(settings: Settings) -> int:
+        return AUTO if settings.round_to == "auto" else int(settings.round_to)
 
 
 def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cost import Call
 from .dataflow import Operation, operations
 from .masking import is_masked
-from .report import DENSE_STEP, KEEPS_ALL
+from .report import of_a_step
 
 if TYPE_CHECKING:
     from .report import Report, Row
@@ -147,7 +147,7 @@ def _layer(row: Row) -> dict[str, Any]:
         "weight": row.weight_shape,
         "output": row.output_shape,
         "calls": row.calls,
-        "reason": "" if row.reason in (DENSE_STEP, KEEPS_ALL) else row.reason,  # the page knows the step
+        "reason": "" if of_a_step(row.reason) else row.reason,  # the page knows the step
         "rewritten": row.rewritten,
     }
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .cost import Call, total_bytes, total_flops
 from .coverage import Measurement
@@ -23,12 +23,35 @@ if TYPE_CHECKING:
     import networkx
     from torch.fx import GraphModule
 
-# factor → layer → channels that each call keeps
-Plan = Callable[[float], Mapping[str, Sequence[int]]]
+
+class Plan(Protocol):
+    """What a policy makes of a model's layers at a factor."""
+
+    def __call__(self, factor: float) -> Mapping[str, Sequence[int]]:
+        """Layer → channels that each of its calls keeps."""
+        ...
+
+    def losses(self, factor: float) -> Mapping[str, str]:
+        """Layer → measured times, of those that stay dense because dropping does not pay."""
+        ...
+
 
 _PHASES = 128
 
-DENSE_STEP, KEEPS_ALL = "factor 0 at this step", "rounded up to all channels"
+DENSE_STEP, KEEPS_ALL, LOSES = "factor 0 at this step", "rounded up to all channels", "does not pay: "
+
+
+class _NoPlan:
+    def __call__(self, factor: float) -> Mapping[str, Sequence[int]]:
+        return {}
+
+    def losses(self, factor: float) -> Mapping[str, str]:
+        return {}
+
+
+def of_a_step(reason: str) -> bool:
+    """Whether a row's reason is about the report's step, and others may differ."""
+    return reason in (DENSE_STEP, KEEPS_ALL) or reason.startswith(LOSES)
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,7 @@ class Report:
     measurement: Measurement | None = None
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict, compare=False)
     quantized: bool = False
-    _plan: Plan = field(default=lambda factor: {}, compare=False)
+    _plan: Plan = field(default_factory=_NoPlan, compare=False)
     _captures: Callable[[], list[Capture]] = field(default=list, compare=False)
 
     # --- numbers
@@ -255,10 +278,13 @@ class Report:
 
     def _with(self, factor: float) -> Report:
         kept = self.kept_at(factor)
+        losses = self._plan.losses(factor)
         rows = []
         for row in self.rows:
             counts, calls = kept.get(row.layer), self.calls.get(row.layer)
-            reason = "" if row.reason in (DENSE_STEP, KEEPS_ALL) else row.reason
+            reason = "" if of_a_step(row.reason) else row.reason
+            if row.layer in losses:
+                reason = f"{LOSES}{losses[row.layer]}"
             if counts and calls:
                 used = None if is_masked(row.criterion) else counts
                 keeps_all = all(k == c.channels for k, c in zip(counts, calls, strict=True))

@@ -78,6 +78,9 @@ def test_a_layer_that_does_not_pay_stays_dense(timings, front_end, round_to):
     kept = {n.removeprefix("_orig_mod."): c for n, c in sparse_gradients(model, x).items()}
     assert kept == {"wide.weight": 16, "point.weight": 16, "last.weight": 4}
     assert {c.weight[0] for c, _ in timings} == {32, 16, 8}
+    rows = {row.layer: row for row in ssprop_fx.inspect(model).rows}
+    assert rows["point"].reason == "does not pay: 3e+03 ms sparse against 2e+03 ms dense"
+    assert (rows["point"].kept, rows["wide"].kept, rows["wide"].reason) == (16, 16, "")
 
 
 def test_by_default_nothing_is_timed(timings):
