@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
+from ssprop_fx._compat import fake_mode_of
 from ssprop_fx.backward import sparse_backward
 from ssprop_fx.convolutions import ConvArgs
 from ssprop_fx.cost import Call
@@ -91,7 +92,7 @@ class LowerBackward(PassBase):
                 compiling=True,
             )
 
-        fake_mode = torch._guards.detect_fake_mode([v for v in tensors.values() if v is not None])
+        fake_mode = fake_mode_of([v for v in tensors.values() if v is not None])
         with fake_mode or torch.no_grad(), torch.no_grad():
             traced = make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(
                 *(tensors[k] for k in names)

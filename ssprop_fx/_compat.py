@@ -104,6 +104,11 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The settings that a ``mode`` of ``torch.compile`` stands for."""
+    return torch._inductor.list_mode_options(mode)
+
+
 def fake_mode_of(inputs: Sequence[Any]) -> Any:
     """The FakeTensorMode of a compile's example inputs."""
     from torch._dynamo.utils import detect_fake_mode

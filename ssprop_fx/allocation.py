@@ -45,9 +45,9 @@ class Allocation:
         self.handle = f"{self.policy.digest}.{next(_numbers)}"
         _live[self.handle] = self
 
-    def wants(self, layer: str) -> bool:
+    def wants(self, layer: str, round_to: int) -> bool:
         """Whether another announcement of the layer could change anything; asked first, since it costs less."""
-        return not self._plans or layer not in self.demands
+        return (round_to == AUTO or self.measures) and (not self._plans or layer not in self.demands)
 
     def announce(self, demand: Demand, provisional: bool = False) -> None:
         """Add a call's cost to its layer's demand; ignored once the counts are settled for this layer.

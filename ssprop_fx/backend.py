@@ -8,51 +8,45 @@ the schedule comes to, the first time it comes to it.
 
 from __future__ import annotations
 
-import copy
 import functools
-import hashlib
-import inspect
 import itertools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from . import gather, ops
+from . import ops
 from ._compat import (
     aot_autograd,
     autograd_cache_off,
     compile_fx,
     compile_fx_inner,
     current_compile_id,
-    fake_mode_of,
     inductor_decompositions,
-    lowering_context,
+    inductor_mode_options,
     make_boxed,
 )
-from .allocation import Allocation, allocation_for, observers
+from .allocation import Allocation, allocation_for
 from .convolutions import LINEAR, ConvArgs, run
 from .errors import SSPropError
-from .logs import backward_lowered, graph_rewritten
+from .logs import graph_rewritten
 from .naming import GraphNames, ModuleIndex
 from .passes import (
     Decision,
-    LowerBackward,
     Sparsify,
     assign_policy,
     find_convolutions,
-    lowering_demands,
     verify,
 )
 from .passes.lower_backward import backward_nodes
 from .passes.verify import rewritten_layers
+from .phases import PhaseDispatcher, copy_graph
 from .policy import Policy, Settings
-from .profit import Timing, settle
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
 from .transform import as_policy, assign_checked, transformation_of
 
@@ -226,7 +220,7 @@ def _compile(
                 decompositions={ops.conv: _dense_convolution},
             )(rewritten, example_inputs)
     if mode is not None and mode != "default":
-        settings = torch._inductor.list_mode_options(mode) | settings
+        settings = inductor_mode_options(mode) | settings
     with autograd_cache_off():
         return compile_fx(
             rewritten,
@@ -256,7 +250,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         )
     policy = transformed or policy or default_policy()
     state = state_of(policy)
-    captured = _copy(graph_module)
+    captured = copy_graph(graph_module)
     if transformed is None:
         _check_rules(names.roots.values(), policy, state)
     decisions: list[Decision] = []
@@ -273,96 +267,12 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     roots = [weakref.ref(root) for root in names.roots.values()]
 
     shared = SharedCode(anchors, policy, names.index, lambda root: _check_rules([root], policy, state))
-    record = GraphRecord(captured, _copy(graph_module), decisions, roots, shared)
+    record = GraphRecord(captured, copy_graph(graph_module), decisions, roots, shared)
     record.compile_id = current_compile_id()
     record.index = len(state.records)
     state.records.append(record)
     graph_rewritten(record.index, record)
     return graph_module, record
-
-
-class PhaseDispatcher:
-    """A backward callable that compiles itself once for each phase.
-
-    Args:
-        graph_module: AOTAutograd's backward graph.
-        example_inputs: its fake inputs.
-        compiler: (graph, fake inputs) → callable on a list of inputs.
-        decompositions: what the compiler expects to have been decomposed.
-    """
-
-    def __init__(
-        self,
-        record: GraphRecord,
-        graph_module: GraphModule,
-        example_inputs: Sequence[Any],
-        compiler: Callable[..., Any],
-        decompositions: Mapping[Any, Any],
-    ) -> None:
-        self._boxed_call = True  # on the instance: wrappers copy it from there
-        self.record, self.graph_module, self.example_inputs = record, graph_module, list(example_inputs)
-        self.compiler, self.decompositions = compiler, decompositions
-        self.fake_mode = fake_mode_of(self.example_inputs)
-        record.backward, record.dispatcher = graph_module, self
-        self.demands = lowering_demands(graph_module)
-        self.settings = {n: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
-        self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
-        self.losses: dict[tuple[float, ...], dict[str, Timing]] = {}  # by factors and node: why it stays dense
-        self.by_factor: dict[tuple[float, ...], Callable[..., Any]] = {}
-        self.by_count: dict[tuple[int, ...], Callable[..., Any]] = {}
-
-    def __call__(self, inputs: list[Any]) -> Any:
-        factors = tuple(a.policy.quantized_factor for a in self.allocations)
-        run = self.by_factor.get(factors)
-        if run is None:
-            with _lock:
-                run = self.by_factor.get(factors) or self._enter(factors)
-        for observe in observers:
-            for settings in self.settings.values():
-                observe(settings[0])
-        return run(inputs)
-
-    def kept(self) -> dict[str, int]:
-        """Channels that the next backward pass keeps, by layer (of its first call)."""
-        counts = self.counts(tuple(a.policy.quantized_factor for a in self.allocations))
-        found: dict[str, int] = {}
-        for node, settings in self.settings.items():
-            found.setdefault(settings[0], counts[node.name])
-        return found
-
-    def _enter(self, factors: tuple[float, ...]) -> Callable[..., Any]:
-        counts = self.counts(factors)
-        key = tuple(counts.values())
-        self.record.phases[factors] = key
-        if key not in self.by_count:
-            start = time.perf_counter()
-            lowered = _copy(self.graph_module)
-            # the compiler's cache knows the names of our operators, not what they do in this version
-            config: Any = torch.compiler.config
-            tagged = config.patch(cache_key_tag=f"{config.cache_key_tag} {_operators_digest()}")
-            with lowering_context(self.fake_mode), tagged:
-                LowerBackward(counts, self.decompositions)(lowered)
-                self.record.lowered[key] = _copy(lowered)
-                self.by_count[key] = self.compiler(lowered, self.example_inputs)
-            seconds = self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
-            backward_lowered(self.record.index, self.record, factors, self.record.lowered[key], seconds)
-        run = self.by_factor[factors] = self.by_count[key]
-        return run
-
-    def counts(self, factors: tuple[float, ...]) -> dict[str, int]:
-        """Channels to keep, by node, at one factor per allocation."""
-        factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
-        demands = []
-        for node, demand in self.demands.items():
-            handle = self.settings[node][-1]
-            demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
-        counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
-        return counts
-
-
-@functools.cache
-def _operators_digest() -> str:
-    return f"ssprop-fx {hashlib.sha256(inspect.getsource(gather).encode()).hexdigest()[:16]}"
 
 
 def _resolve(policy: Any) -> Policy | None:
@@ -401,17 +311,6 @@ def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy 
     return None
 
 
-def _copy(graph_module: GraphModule) -> GraphModule:
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
-    value, old_output = output  # type: ignore[misc]
-    graph.output(value).meta = copy.copy(old_output.meta)  # type: ignore[union-attr]
-    graph._codegen = graph_module.graph._codegen
-    result = GraphModule(graph_module, graph)
-    result.meta = copy.copy(graph_module.meta)
-    return result
-
-
 def _dense_convolution(input, weight, bias, *rest):
     return run(input, weight, bias, ConvArgs(*rest[:6]))
 
@@ -434,12 +333,12 @@ def _inner_compile(
 ) -> Any:
     if not kwargs.get("is_backward"):
         start = time.perf_counter()
-        record.forward, record.forward_compiles = _copy(graph_module), record.forward_compiles + 1
+        record.forward, record.forward_compiles = copy_graph(graph_module), record.forward_compiles + 1
         compiled = compile_fx_inner(graph_module, example_inputs, **kwargs)
         record.seconds["forward"] = time.perf_counter() - start
         return compiled
     if not backward_nodes(graph_module):
-        record.backward = _copy(graph_module)
+        record.backward = copy_graph(graph_module)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
     return bw_compiler(
         graph_module,

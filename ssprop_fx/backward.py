@@ -69,7 +69,10 @@ def sparse_backward(
     if keep >= choices(channels, groups):
         return dense_backward(grad, input, weight, args, mask)
     if is_masked(criterion):
-        return _masked_backward(grad, input, weight, output, args, mask, keep, criterion, gradients, compiling)
+        kept = masked(grad, output, criterion, groups, keep, sliced=not compiling)
+        whole = grad if gradients == "weight" else kept
+        input_grad = dense_backward(whole, input, weight, args, (mask[0], False, False))[0]
+        return input_grad, *dense_backward(kept, input, weight, args, (False, mask[1], mask[2]))[1:]
     whole_groups = channels == groups
     with torch.no_grad():
         score = importance(grad, output, criterion, sliced=not compiling)
@@ -98,26 +101,6 @@ def sparse_backward(
         total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
         bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
     return input_grad, weight_grad, bias_grad
-
-
-def _masked_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor | None,
-    args: ConvArgs,
-    mask: Sequence[bool],
-    keep: int,
-    ranking: str,
-    gradients: str,
-    compiling: bool,
-) -> Gradients:
-    """As :func:`sparse_backward`, where what is dropped is not whole channels: dense work on a masked gradient."""
-    kept = masked(grad, output, ranking, args.groups, keep, sliced=not compiling)
-    if gradients == "all":
-        return dense_backward(kept, input, weight, args, mask)
-    input_grad = dense_backward(grad, input, weight, args, (mask[0], False, False))[0]
-    return input_grad, *dense_backward(kept, input, weight, args, (False, mask[1], mask[2]))[1:]
 
 
 def _linear_backward(grad: Tensor, input: Tensor, weight: Tensor, mask: Sequence[bool]) -> Gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ._compat import is_compiled
-from .allocation import Allocation
 from .convolutions import ConvArgs, conv_kinds, spec_of_module
 from .cost import Call, as_number, total_bytes, total_flops
 from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .masking import is_masked
-from .policy import Policy, Settings
+from .plan import Layer, LivePlan, Use
+from .policy import Policy
 from .report import Report, Row
-from .selection import AUTO
 from .sites import Site
 from .tracing import TracedModule, capture
 from .transform import SCRIPTED, Transformation, scripted_convolutions, transform, transformation_of
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord, PhaseDispatcher
+    from .backend import GraphRecord
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
@@ -90,29 +89,11 @@ def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Rep
     return replace(report, front_end="policy", policy=policy)
 
 
-@dataclass(frozen=True)
-class _Use:
-    """A call of a layer; ``dispatcher`` and ``node`` where a compiled backward decides how many channels it keeps."""
-
-    call: Call
-    dispatcher: PhaseDispatcher | None = None
-    node: str = ""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    kind: str
-    kinds: frozenset[str]
-    rung: str
-    settings: Settings
-    uses: tuple[_Use, ...]
-
-
 def _report(
     model: nn.Module,
     front_end: str,
     policy: Policy,
-    layers: Mapping[str, _Layer],
+    layers: Mapping[str, Layer],
     left: Sequence[Row],
     demands: Mapping[str, Any],
     measurement: Measurement | None,
@@ -130,67 +111,13 @@ def _report(
         measurement,
         calls,
         quantized,
-        _Plan(policy, layers, demands),
+        LivePlan(policy, layers, demands),
         captures,
     )
     return report.at(policy.steps)
 
 
-class _Plan:
-    """Kept counts at any factor, by the code that decides them in training.
-
-    Args:
-        demands: what the layers have announced already; the others announce what their calls would.
-    """
-
-    def __init__(self, policy: Policy, layers: Mapping[str, _Layer], demands: Mapping[str, Any]) -> None:
-        self.layers, self.allocation = layers, Allocation(policy)
-        self.allocation.demands.update(demands)
-        for name, layer in layers.items():
-            s = layer.settings
-            counts_on_others = s.round_to == "auto" or self.allocation.measures
-            if name not in demands and s.drop_rate > 0 and counts_on_others:
-                for use in layer.uses:
-                    if use.dispatcher is None:
-                        demand = use.call.demand(name, s.drop_rate, self._round_to(s), s.ranking, s.gradients)
-                        self.allocation.announce(demand)
-        self.dispatchers = {
-            id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher
-        }
-        self._known: dict[float, dict[str, tuple[int, ...]]] = {}
-
-    def __call__(self, factor: float) -> dict[str, tuple[int, ...]]:
-        if factor not in self._known:
-            counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in self.dispatchers.items()}
-
-            def kept(name: str, settings: Settings, use: _Use) -> int:
-                if use.dispatcher is not None:
-                    return counts[id(use.dispatcher)][use.node]
-                return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, self._round_to(settings))
-
-            self._known[factor] = {
-                name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in self.layers.items() if v.uses
-            }
-        return self._known[factor]
-
-    def losses(self, factor: float) -> dict[str, str]:
-        """Layers that stay dense at a factor because dropping does not pay, with the measurement."""
-        self(factor)
-        found = {name: str(timing) for name, timing in self.allocation.losses.get(factor, {}).items()}
-        for name, layer in self.layers.items():
-            for use in layer.uses:
-                if use.dispatcher is not None:
-                    at = use.dispatcher.losses.get((factor,) * len(use.dispatcher.allocations), {})
-                    if use.node in at:
-                        found.setdefault(name, str(at[use.node]))
-        return found
-
-    @staticmethod
-    def _round_to(settings: Settings) -> int:
-        return AUTO if settings.round_to == "auto" else int(settings.round_to)
-
-
-def _row(name: str, layer: _Layer, measurement: Measurement | None) -> Row:
+def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:
     settings, first = layer.settings, layer.uses[0].call if layer.uses else None
     calls = tuple(use.call for use in layer.uses)
     reason = "drop rate 0" if settings.drop_rate == 0 else ""
@@ -246,15 +173,15 @@ def _of_transformed(
     in_graph = {layer for t in traced() for layer in t.layers}
     compiled = _compiled_uses(records)
     measured = measurement.layers if measurement else {}
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, Layer] = {}
     for name, site in record.sites.items():
         rung = "graph" if name in in_graph else site.rung
         uses = compiled.get(name) or _site_uses(site, measured.get(name))
-        layers[name] = _Layer(site.spec.name, site.kinds, rung, site.settings, uses)
+        layers[name] = Layer(site.spec.name, site.kinds, rung, site.settings, uses)
     for name, m in measured.items():  # functional calls that only the measured step has met
         if name not in layers:
-            uses = compiled.get(name) or tuple(map(_Use, m.calls))
-            layers[name] = _Layer(m.spec.name, m.kinds, "call", m.settings, uses)
+            uses = compiled.get(name) or tuple(map(Use, m.calls))
+            layers[name] = Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
     compiled_captures = _record_captures(records)
 
@@ -270,13 +197,13 @@ def _of_transformed(
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
 
-def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[_Use, ...]:
+def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[Use, ...]:
     if measured is not None:
-        return tuple(map(_Use, measured.calls))
-    return (_Use(site.call),) if site.call is not None else ()
+        return tuple(map(Use, measured.calls))
+    return (Use(site.call),) if site.call is not None else ()
 
 
-def _traced_capture(traced: TracedModule, layers: Mapping[str, _Layer], arguments: tuple[Any, Any] | None) -> Capture:
+def _traced_capture(traced: TracedModule, layers: Mapping[str, Layer], arguments: tuple[Any, Any] | None) -> Capture:
     prefix = f"{traced.name}." if traced.name else ""
     graphs = {name.rpartition("/")[2]: graph for name, graph in traced.graphs().items()}
     before = traced.traced
@@ -327,12 +254,12 @@ def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]
 
 def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Measurement | None) -> Report:
     compiled = _compiled_uses(records)
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, Layer] = {}
     for record in records:
         for decision in record.decisions:
             c = decision.convolution
             for layer, settings in record.names_of(decision, model):
-                layers.setdefault(layer, _Layer(c.spec.name, c.kinds, "graph", settings, compiled.get(c.layer, ())))
+                layers.setdefault(layer, Layer(c.spec.name, c.kinds, "graph", settings, compiled.get(c.layer, ())))
     left = []
     missed = measurement.missed if measurement else {}
     for name, module in model.named_modules():
@@ -357,14 +284,14 @@ def _policy_of(model: nn.Module) -> Policy:
     return records_of(model)[-1][0]
 
 
-def _compiled_uses(records: Sequence[GraphRecord]) -> dict[str, tuple[_Use, ...]]:
+def _compiled_uses(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
     """Layer → its calls in the graphs in use: where a frame was compiled again, the last that has a backward pass."""
     newest: dict[tuple[str, str], GraphRecord] = {}
     found = {id(record): _uses(record) for record in records}
     for record in sorted(records, key=lambda r: r.dispatcher is not None):
         newest.update({(record.frame, layer): record for layer in found[id(record)]})
     trained = {layer for (_, layer), record in newest.items() if record.dispatcher is not None}
-    merged: dict[str, tuple[_Use, ...]] = {}
+    merged: dict[str, tuple[Use, ...]] = {}
     for record in records:
         for layer, uses in found[id(record)].items():
             if newest[record.frame, layer] is record and (record.dispatcher is not None or layer not in trained):
@@ -372,17 +299,17 @@ def _compiled_uses(records: Sequence[GraphRecord]) -> dict[str, tuple[_Use, ...]
     return merged
 
 
-def _uses(record: GraphRecord) -> dict[str, list[_Use]]:
+def _uses(record: GraphRecord) -> dict[str, list[Use]]:
     """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
     from .ops import BACKWARD_SETTINGS_AT
 
-    found: dict[str, list[_Use]] = {}
+    found: dict[str, list[Use]] = {}
     dispatcher = record.dispatcher
     if dispatcher is not None:
         for node in reversed(dispatcher.settings):
             call = _backward_call(node, node.args[4:10], node.args[10])
             if call is not None:
-                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(_Use(call, dispatcher, node.name))
+                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(Use(call, dispatcher, node.name))
     dense, in_backward = _dense_calls(record), set(found)
     for decision in record.decisions:
         c = decision.convolution
@@ -390,12 +317,12 @@ def _uses(record: GraphRecord) -> dict[str, list[_Use]]:
             continue
         call = _captured_call(c)
         if call is not None and dispatcher is not None and decision.sparse:
-            found.setdefault(c.layer, []).append(_Use(replace(call, needs=(False, False))))
+            found.setdefault(c.layer, []).append(Use(replace(call, needs=(False, False))))
         elif call is not None:
             match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
             if match is not None:
                 call = replace(call, needs=dense.pop(match)[2])
-            found.setdefault(c.layer, []).append(_Use(call))
+            found.setdefault(c.layer, []).append(Use(call))
     return found
 
 

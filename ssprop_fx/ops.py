@@ -66,8 +66,8 @@ def _conv_kernel(input, weight, bias, *rest):
     allocation = rest[-1]
     output = run(input, weight, bias, ConvArgs(*rest[:6]))
     live = None if torch.compiler.is_compiling() else live_allocation(allocation)
-    if live is not None and (rest[9] == AUTO or live.measures):
-        layer, drop_rate, criterion, round_to, gradients, _ = rest[6:]
+    layer, drop_rate, criterion, round_to, gradients, _ = rest[6:]
+    if live is not None and live.wants(layer, round_to):
         call = Call.of(input, weight, output, ConvArgs(*rest[:6]), (input.requires_grad, weight.requires_grad))
         live.announce(call.demand(layer, drop_rate, round_to, criterion, gradients))
     return output

@@ -105,15 +105,14 @@ def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, o
         batched = output.unsqueeze(0) if call.unbatched else output
         needs = (input.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else None
         _remember(site, call.input, weight, batched, call.args, needs)
-        if site.settings.drop_rate > 0:
+        if site.settings.drop_rate > 0 and site.allocation.wants(site.layer, site.round_to):
             _announce(site, call.input, weight, batched, call.args, needs, provisional=True)
     return output
 
 
 def _announce(site: Site, input, weight, output, args, needs, provisional: bool = False) -> None:
-    if (site.round_to == AUTO or site.allocation.measures) and site.allocation.wants(site.layer):
-        call, s = Call.of(input, weight, output, args, needs), site.settings
-        site.allocation.announce(call.demand(site.layer, s.drop_rate, site.round_to, site.ranking, s.gradients), provisional)
+    call, s = Call.of(input, weight, output, args, needs), site.settings
+    site.allocation.announce(call.demand(site.layer, s.drop_rate, site.round_to, site.ranking, s.gradients), provisional)
 
 
 def handled() -> bool:
@@ -154,7 +153,8 @@ def _forward(input, weight, bias, args, site, factor):
         _local.handled = previous
     if not site.known:
         _remember(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
-    _announce(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
+    if site.allocation.wants(site.layer, site.round_to):
+        _announce(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
     return output
 
 

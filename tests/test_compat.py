@@ -126,3 +126,7 @@ def test_a_fake_mode_is_found_among_inputs():
     assert _compat.fake_mode_of([fake]) is mode
     with _compat.lowering_context(mode):
         assert torch._guards.TracingContext.get().fake_mode is mode
+
+
+def test_modes_of_torch_compile_have_options():
+    assert _compat.inductor_mode_options("max-autotune")["max_autotune"] is True
