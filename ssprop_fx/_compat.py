@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch._C._functorch import maybe_current_level as _maybe_current_level
 
-# A name of its own rather than a function around it: it is asked at every convolution call.
+# Names of their own rather than functions around them: they are asked at every convolution call.
 function_modes = torch._C._len_torch_function_stack
+
+# Whether autocast is on for any kind of device, asked as often.
+any_autocast = torch._C._is_any_autocast_enabled
 
 
 def functorch_active() -> bool:

@@ -199,9 +199,7 @@ def run(input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs) -> T
     """``aten.convolution``, or ``aten.linear`` for a weight without spatial dimensions."""
     if weight.dim() == 2:
         return F.linear(input, weight, bias)
-    return torch.convolution(
-        input, weight, bias, args.stride, args.padding, args.dilation, args.transposed, args.output_padding, args.groups
-    )
+    return torch.convolution(input, weight, bias, *args)
 
 
 def output_channels(weight_shape: Sequence[int], args: ConvArgs) -> int:

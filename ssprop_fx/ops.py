@@ -128,6 +128,8 @@ def _autocast(device_type: str, input: Tensor, weight: Tensor, bias: Tensor | No
 
 def autocast_arguments(device_type: str, *tensors: Tensor | None) -> tuple:
     """The tensors as autocast would hand them to a convolution: in its lower precision where it applies."""
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype)

@@ -8,16 +8,17 @@ serve, too, but its dispatch costs four times as much per call; graphs use it.)
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._compat import constant_when_traced, function_modes, functorch_active
+from ._compat import any_autocast, constant_when_traced, function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
-from .convolutions import ConvArgs, ConvSpec, output_channels, run
+from .convolutions import NO_SPACE, ConvArgs, ConvSpec, output_channels, run
 from .cost import Call
 from .policy import Settings
 from .selection import AUTO, choices
@@ -48,8 +49,20 @@ class Site:
         self.call: Call | None = None
         self.calls: list[Call] | None = None
         self.known = False  # nothing more is to be learned from a call
+        self._geometry: tuple | None = None  # the arguments of the last call as they came, and
+        self._args = NO_SPACE  # what they are to ``aten.convolution``
         self.ranking = settings.ranking
+        self.needs_output = settings.criterion == "taylor"
         self.round_to = AUTO if settings.round_to == "auto" else settings.round_to
+
+    def prepare(self, input: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, ConvArgs, bool]:
+        """``spec.prepare``, remembered: a layer's geometry is nearly always that of its last call."""
+        if geometry == self._geometry and input.dim() == self.spec.dim + 2:
+            return input, self._args, False
+        call = self.spec.prepare(input, weight, *geometry)
+        if call.input is input and not any(isinstance(value, list) for value in geometry):  # a list may change in place
+            self._geometry, self._args = geometry, call.args
+        return call
 
     def operator_settings(self) -> tuple[str, float, str, int, str, str]:
         """The settings as the operator takes them."""
@@ -79,10 +92,9 @@ def convolve(
         if not site.known or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
         return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
-    device_type = input.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        input, weight, bias = ops.autocast_arguments(device_type, input, weight, bias)
-    input, args, unbatched = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
+    if any_autocast():
+        input, weight, bias = ops.autocast_arguments(input.device.type, input, weight, bias)
+    input, args, unbatched = site.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     function = _TransformableConvolution if functorch_active() else _Convolution
     output = function.apply(input, weight, bias, args, site, factor)
     return output.squeeze(0) if unbatched else output
@@ -95,11 +107,7 @@ def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
-    previous, _local.handled = handled(), True
-    try:
-        output = site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
-    finally:
-        _local.handled = previous
+    output = _unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
     if not site.known:
         call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
         batched = output.unsqueeze(0) if call.unbatched else output
@@ -113,6 +121,23 @@ def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, o
 def _announce(site: Site, input, weight, output, args, needs, provisional: bool = False) -> None:
     call, s = Call.of(input, weight, output, args, needs), site.settings
     site.allocation.announce(call.demand(site.layer, s.drop_rate, site.round_to, site.ranking, s.gradients), provisional)
+
+
+def _note(site: Site, input, weight, output, args) -> None:
+    needs = (input.requires_grad, weight.requires_grad)
+    if not site.known:
+        _remember(site, input, weight, output, args, needs)
+    if site.allocation.wants(site.layer, site.round_to):
+        _announce(site, input, weight, output, args, needs)
+
+
+def _unseen(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A convolution that the function modes further out leave alone."""
+    previous, _local.handled = handled(), True
+    try:
+        return function(*args)
+    finally:
+        _local.handled = previous
 
 
 def handled() -> bool:
@@ -145,34 +170,16 @@ def _constant_settings(site: Site) -> tuple:
     return site.operator_settings()
 
 
-def _forward(input, weight, bias, args, site, factor):
-    previous, _local.handled = handled(), True
-    try:
-        output = run(input, weight, bias, args)
-    finally:
-        _local.handled = previous
-    if not site.known:
-        _remember(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
-    if site.allocation.wants(site.layer, site.round_to):
-        _announce(site, input, weight, output, args, (input.requires_grad, weight.requires_grad))
-    return output
-
-
-def _save(ctx, input, weight, bias, args, site, factor, output):
-    ctx.save_for_backward(input, weight, output if site.settings.criterion == "taylor" else None)
-    ctx.args, ctx.site, ctx.factor, ctx.has_bias = args, site, factor, bias is not None
-
-
 def _backward(ctx, grad, compiling):
     input, weight, output = ctx.saved_tensors
-    site, args, needs = ctx.site, ctx.args, ctx.needs_input_grad
+    (args, site, factor, has_bias), needs = ctx.call, ctx.needs_input_grad
     settings = site.settings
     keep = site.allocation.keep(
-        site.layer, choices(output_channels(weight.shape, args), args.groups), settings.drop_rate, ctx.factor, site.round_to
+        site.layer, choices(output_channels(weight.shape, args), args.groups), settings.drop_rate, factor, site.round_to
     )
     for observe in observers:
         observe(site.layer)
-    mask = (needs[0], needs[1], ctx.has_bias and needs[2])
+    mask = (needs[0], needs[1], has_bias and needs[2])
     grads = sparse_backward(grad, input, weight, output, args, mask, keep, site.ranking, settings.gradients, compiling)
     return (*grads, None, None, None)
 
@@ -180,8 +187,11 @@ def _backward(ctx, grad, compiling):
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, args, site, factor):
-        output = _forward(input, weight, bias, args, site, factor)
-        _save(ctx, input, weight, bias, args, site, factor, output)
+        output = _unseen(run, input, weight, bias, args) if function_modes() else run(input, weight, bias, args)
+        if not site.known or site.allocation.wants(site.layer, site.round_to):
+            _note(site, input, weight, output, args)
+        ctx.save_for_backward(input, weight, output if site.needs_output else None)
+        ctx.call = args, site, factor, bias is not None
         return output
 
     @staticmethod
@@ -196,12 +206,15 @@ class _TransformableConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, args, site, factor):
-        return _forward(input, weight, bias, args, site, factor)
+        output = _unseen(run, input, weight, bias, args)
+        _note(site, input, weight, output, args)
+        return output
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, args, site, factor = inputs
-        _save(ctx, input, weight, bias, args, site, factor, output)
+        ctx.save_for_backward(input, weight, output if site.needs_output else None)
+        ctx.call = args, site, factor, bias is not None
 
     @staticmethod
     def backward(ctx, grad):

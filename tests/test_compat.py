@@ -130,3 +130,9 @@ def test_a_fake_mode_is_found_among_inputs():
 
 def test_modes_of_torch_compile_have_options():
     assert _compat.inductor_mode_options("max-autotune")["max_autotune"] is True
+
+
+def test_autocast_of_any_device_is_seen():
+    assert not _compat.any_autocast()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _compat.any_autocast()

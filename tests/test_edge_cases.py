@@ -191,7 +191,11 @@ def test_a_compiled_model_is_not_transformed():
             transformed(model, policy())
 
 
-@pytest.mark.parametrize("thing", [nn.Conv2d, lambda x: x, 3, None, "resnet18", [nn.Conv2d(3, 8, 3)]], ids=str)
+@pytest.mark.parametrize(
+    "thing",
+    [nn.Conv2d, lambda x: x, 3, None, "resnet18", [nn.Conv2d(3, 8, 3)]],
+    ids=["class", "function", "number", "None", "name", "list"],
+)
 def test_what_is_no_module_is_refused(thing):
     with pytest.raises(TransformError, match=rf"takes a torch\.nn\.Module, got {type(thing).__name__}"):
         transformed(thing, policy())

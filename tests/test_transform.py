@@ -1051,3 +1051,32 @@ def test_forward_keeps_its_signature():
     model = ssprop_fx.transform(Root(), Policy())
     assert inspect.signature(model.forward) == inspect.signature(Root().forward)
     assert inspect.signature(copy.deepcopy(model).forward) == inspect.signature(Root().forward)
+
+
+def test_a_changed_geometry_is_followed():
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(4, 8, 3)
+    ours = ssprop_fx.transform(model, ssprop_fx.Policy(schedule={"kind": "constant"}))
+    x = torch.randn(2, 4, 9, 9)
+    for change in (
+        {"stride": (2, 2)},
+        {"padding": (1, 1)},
+        {"padding": "same", "stride": (1, 1)},
+        {"dilation": [2, 2]},
+        {"dilation": (1, 1)},
+    ):
+        for key, value in change.items():
+            setattr(model, key, value), setattr(ours, key, value)
+        assert torch.equal(ours(x), model(x))
+        assert torch.equal(ours(x[0]), model(x[0]))
+
+
+def test_a_geometry_changed_in_place_is_followed():
+    stride = [1, 1]
+    model = torch.nn.Conv2d(4, 8, 3)
+    ours = ssprop_fx.transform(model, ssprop_fx.Policy(schedule={"kind": "constant"}))
+    model.stride = ours.stride = stride
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(ours(x), model(x))
+    stride[:] = 2, 2
+    assert torch.equal(ours(x), model(x))
