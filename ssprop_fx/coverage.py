@@ -21,8 +21,10 @@ from .cost import Call
 from .errors import SSPropError, TransformError
 from .policy import Policy, Settings
 from .sharing import shared_copy
+from .sites import handled
 from .transform import Transformation, transform, transformation_of
 
+_FORWARD = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 
@@ -52,6 +54,8 @@ class Measurement:
         backward_flops: of the dense step's backward pass, counted in the same way.
         layers: what a transformed model's dense step made of each layer, calls in order.
         missed: layer → how many of its convolution backwards no captured graph holds, the function's name, kinds.
+        hidden: module → how many convolutions with a gradient its forward makes that can be neither rewritten nor named,
+            in code scripted by ``torch.jit`` for instance.
     """
 
     dense: int
@@ -63,6 +67,7 @@ class Measurement:
     backward_flops: int = 0
     layers: dict[str, MeasuredLayer] = field(default_factory=dict, repr=False)
     missed: dict[str, tuple[int, str, frozenset[str]]] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -75,7 +80,7 @@ class Measurement:
             "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
             "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops,
             "backward_flops": self.backward_flops, "step_flops": self.step_flops,
-            "missed": {layer: calls for layer, (calls, *_) in self.missed.items()},
+            "missed": {layer: calls for layer, (calls, *_) in self.missed.items()}, "hidden": self.hidden,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -94,9 +99,26 @@ class BackwardCounter(TorchDispatchMode):
         super().__init__()
         self.formulas = flop_registry
         self.count = self.conv_flops = self.flops = self.backward_flops = 0
+        self.hidden: Counter[str] = Counter()
+        self.running: list[str] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Count in ``hidden``, by module, the convolutions that no site of a transformed model makes, in a dense step."""
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                module.register_forward_pre_hook(functools.partial(self._enter, name))
+                module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self.running.append(name)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func is _FORWARD and self.running and not handled() and not in_backward() and torch.is_grad_enabled():
+            self.hidden[self.running[-1]] += any(t.requires_grad for t in args[:2])
         if func is _BACKWARD:
             grad, input, weight, _, _, _, _, transposed, _, groups, mask = args
             positions = input.shape if transposed else grad.shape
@@ -131,6 +153,8 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     counter = BackwardCounter()
     with _undone(user_model):
         dense_model = _forced(user_model, 0.0)
+        if record is not None:
+            counter.watch(dense_model)
         with torch.compiler.set_stance("force_eager"), counter:
             _step(dense_model, example_inputs)
     seen: Counter[str] = Counter()
@@ -143,12 +167,21 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     if record is not None:
         layers = _measured(record, transformation_of(dense_model), seen)
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
-        return Measurement(counter.count, seen.total() - by_rule, by_rule, dict(seen), *flops, layers)
+        counter.hidden.subtract(_caller(user_model, layer) for layer in record.skipped)  # those have rows of their own
+        hidden = dict(+counter.hidden)
+        return Measurement(counter.count, seen.total() - by_rule, by_rule, dict(seen), *flops, layers, hidden=hidden)
     made, kinds = _made(user_model, example_inputs)
     dense_layers = _under_shared_names(user_model, seen, made)
     by_rule = sum(made[layer] for layer in dense_layers)
     missed = {n: (count - seen[n], *kinds[n]) for n, count in made.items() if count > seen[n] and n not in dense_layers}
     return Measurement(counter.count, seen.total(), by_rule, dict(seen), *flops, missed=missed)
+
+
+def _caller(model: nn.Module, layer: str) -> str:
+    """The innermost module around ``layer`` that is not scripted."""
+    while layer and isinstance(model.get_submodule(layer), torch.jit.ScriptModule):
+        layer = layer.rpartition(".")[0]
+    return layer
 
 
 def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dict[str, tuple[str, frozenset[str]]]]:

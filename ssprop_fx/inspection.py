@@ -193,6 +193,8 @@ def _of_transformed(
         return [_traced_capture(t, layers, arguments.get(t.name)) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
+    for owner, count in (measurement.hidden if measurement else {}).items():
+        left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
     demands = record.allocation.demands
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
@@ -230,6 +232,7 @@ def _innermost(node: Node) -> str:
 
 # --- compiled models
 
+_HIDDEN = "in code that transform cannot change (scripted by torch.jit?); the backend may reach it"
 _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
 
 

@@ -185,6 +185,46 @@ def test_a_transformed_model_is_compiled_under_its_own_policy_and_no_other():
     assert isinstance(error, SSPropError)
 
 
+class ScriptedFunction(nn.Module):
+    """A convolution function that only TorchScript's interpreter sees, below a convolution module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.kernel = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.blur = torch.jit.script(_blur)
+
+    def forward(self, x):
+        return self.blur(self.stem(x), self.kernel)
+
+
+def _blur(x, w):
+    return torch.conv2d(x, w)
+
+
+def test_a_convolution_in_a_scripted_function_stays_dense_and_is_named_with_its_module():
+    model = nn.Sequential(ScriptedFunction(), nn.Conv2d(4, 2, 1))
+    report = ssprop_fx.inspect(transformed(model, policy()), X)
+    assert report.coverage == pytest.approx(2 / 3)
+    left = {row.layer: row.reason for row in report.rows if row.rung == "-"}
+    assert list(left) == ["0#convolution"]
+    assert left["0#convolution"].startswith("1 in a step, in code that transform cannot")
+    assert report.measurement.hidden == {"0": 1}
+
+
+def test_a_scripted_part_is_named_once():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), nn.Conv2d(4, 2, 1))
+    report = ssprop_fx.inspect(transformed(model, policy()), X)
+    assert [row.layer for row in report.rows if row.rung == "-"] == ["0.0"]
+    assert report.measurement.hidden == {}
+
+
+def test_the_backend_reaches_a_convolution_in_a_scripted_function():
+    model = nn.Sequential(ScriptedFunction(), nn.Conv2d(4, 2, 1))
+    ours = compiled(model, policy())
+    step(ours)
+    assert ssprop_fx.inspect(ours, X).coverage == 1
+
+
 def test_a_compiled_model_is_not_transformed():
     for model in (torch.compile(nn.Conv2d(3, 8, 3)), nn.Sequential(torch.compile(nn.Conv2d(3, 8, 3)))):
         with pytest.raises(TransformError, match=r"already compiled.*transform first"):
