@@ -69,6 +69,10 @@ class Call:
         kept = one if keep is None else one * keep // self.channels
         return input * (one if gradients == "weight" else kept) + weight * kept
 
+    def forward_flops(self) -> int:
+        """FLOPs of the call itself, a multiply-add counted as two."""
+        return self._gradient(1)
+
     def grad_bytes(self, keep: int | None = None, gradients: str = "all") -> int:
         """Memory of the output's gradient that the backward products read.
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from ._compat import is_compiled
-from .convolutions import ConvArgs, conv_kinds, spec_of_module
-from .cost import Call, as_number, total_bytes, total_flops
+from .convolutions import conv_kinds, spec_of_module
+from .cost import total_bytes, total_flops
 from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
+from .graph_calls import calls_of, captures_of, merged_flops
 from .masking import is_masked
 from .plan import Layer, LivePlan, Use
 from .policy import Policy
@@ -59,10 +59,11 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     user_model = unwrap(model)
     if record is not None:
         records = _records_of_transformed(record) if is_compiled(model) else []
+        measurement = _as_compiled(measurement, user_model, records)
         return _of_transformed(user_model, record, measurement, records, example_inputs)
     records = _records(user_model)
     if records:
-        return _of_compiled(user_model, records, measurement)
+        return _of_compiled(user_model, records, _as_compiled(measurement, user_model, records))
     if is_compiled(model):
         raise SSPropError(
             'the model is compiled but nothing has been captured for the backend "ssprop" yet; '
@@ -72,6 +73,12 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
         f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
         'or of torch.compile(model, backend="ssprop") after a step; policy.explain(model) shows what a policy would do'
     )
+
+
+def _as_compiled(measurement: Measurement | None, model: nn.Module, records: list[GraphRecord]) -> Measurement | None:
+    if measurement is None or not records:
+        return measurement
+    return replace(measurement, step_flops=measurement.step_flops - merged_flops(model, records))
 
 
 def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Report:
@@ -171,7 +178,7 @@ def _of_transformed(
 ) -> Report:
     traced = functools.cache(lambda: capture(model, record))
     in_graph = {layer for t in traced() for layer in t.layers}
-    compiled = _compiled_uses(records)
+    compiled = calls_of(records)
     measured = measurement.layers if measurement else {}
     layers: dict[str, Layer] = {}
     for name, site in record.sites.items():
@@ -183,7 +190,7 @@ def _of_transformed(
             uses = compiled.get(name) or tuple(map(Use, m.calls))
             layers[name] = Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
-    compiled_captures = _record_captures(records)
+    compiled_captures = captures_of(records)
 
     @functools.cache
     def captures() -> list[Capture]:
@@ -256,7 +263,7 @@ def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]
 
 
 def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Measurement | None) -> Report:
-    compiled = _compiled_uses(records)
+    compiled = calls_of(records)
     layers: dict[str, Layer] = {}
     for record in records:
         for decision in record.decisions:
@@ -277,7 +284,7 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
     for name, (_, function, of_kinds) in missed.items():
         if name not in layers and name not in known:  # functional ones
             left.append(_left_row(name, _OUTSIDE, function, sorted(of_kinds)))
-    captures = _record_captures(records)
+    captures = captures_of(records)
     return _report(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
 
 
@@ -285,118 +292,6 @@ def _policy_of(model: nn.Module) -> Policy:
     from .backend import records_of
 
     return records_of(model)[-1][0]
-
-
-def _compiled_uses(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
-    """Layer → its calls in the graphs in use: where a frame was compiled again, the last that has a backward pass."""
-    newest: dict[tuple[str, str], GraphRecord] = {}
-    found = {id(record): _uses(record) for record in records}
-    for record in sorted(records, key=lambda r: r.dispatcher is not None):
-        newest.update({(record.frame, layer): record for layer in found[id(record)]})
-    trained = {layer for (_, layer), record in newest.items() if record.dispatcher is not None}
-    merged: dict[str, tuple[Use, ...]] = {}
-    for record in records:
-        for layer, uses in found[id(record)].items():
-            if newest[record.frame, layer] is record and (record.dispatcher is not None or layer not in trained):
-                merged[layer] = (*merged.get(layer, ()), *uses)
-    return merged
-
-
-def _uses(record: GraphRecord) -> dict[str, list[Use]]:
-    """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
-    from .ops import BACKWARD_SETTINGS_AT
-
-    found: dict[str, list[Use]] = {}
-    dispatcher = record.dispatcher
-    if dispatcher is not None:
-        for node in reversed(dispatcher.settings):
-            call = _backward_call(node, node.args[4:10], node.args[10])
-            if call is not None:
-                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(Use(call, dispatcher, node.name))
-    dense, in_backward = _dense_calls(record), set(found)
-    for decision in record.decisions:
-        c = decision.convolution
-        if dispatcher is not None and decision.sparse and c.layer in in_backward:
-            continue
-        call = _captured_call(c)
-        if call is not None and dispatcher is not None and decision.sparse:
-            found.setdefault(c.layer, []).append(Use(replace(call, needs=(False, False))))
-        elif call is not None:
-            match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
-            if match is not None:
-                call = replace(call, needs=dense.pop(match)[2])
-            found.setdefault(c.layer, []).append(Use(call))
-    return found
-
-
-def _backward_call(node: Node, args: Sequence[Any], mask: Any) -> Call | None:
-    grad, input, weight = (a.meta.get("val") if isinstance(a, Node) else None for a in node.args[:3])
-    if grad is None or input is None or weight is None:
-        return None
-    return Call.of(input, weight, grad, ConvArgs(*args), (bool(mask[0]), bool(mask[1])))
-
-
-def _dense_calls(record: GraphRecord) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, bool]]]:
-    """(input shape, weight shape, gradients computed) of the backward graph's dense convolutions, in forward order."""
-    found: list[Any] = []
-    if record.backward is not None:
-        target = torch.ops.aten.convolution_backward.default
-        for node in record.backward.graph.find_nodes(op="call_function", target=target):
-            stride, padding, dilation, transposed, output_padding, groups, mask = node.args[4:11]
-            args = (stride, padding, dilation, transposed, output_padding, groups)
-            call = _backward_call(node, args, mask)
-            if call is not None:
-                found.append((call.input, call.weight, call.needs))
-    return found[::-1]
-
-
-def _captured_call(convolution: Any) -> Call | None:
-    from .passes.find_convolutions import example_value
-
-    values = [example_value(convolution.arguments.get(k)) for k in ("input", "weight")] + [example_value(convolution.node)]
-    if not all(isinstance(v, Tensor) for v in values):
-        return None
-    input, weight, output = ([as_number(s) for s in v.shape] for v in values)
-    spec = convolution.spec
-    if spec.dim and len(input) == spec.dim + 1:
-        input, output = [1, *input], [1, *output]
-    args = ConvArgs((), (), (), spec.transposed, (), as_number(convolution.arguments.get("groups", 1)))
-    call = Call.of(values[0], values[1], values[2], args)
-    return replace(call, input=tuple(input), weight=tuple(weight), output=tuple(output))
-
-
-def _record_captures(records: Sequence[GraphRecord]) -> list[Capture]:
-    """All of them; ``current`` are those that hold the newest graph of a layer with a backward pass, or of any other."""
-    captures = [_record_capture(f"graph {i}", record) for i, record in enumerate(records)]
-    trained = any(record.backward is not None for record in records)
-    newest: dict[tuple[str, str], Capture] = {}
-    for made, record in zip(captures, records, strict=True):
-        if record.backward is not None or not trained:
-            newest.update({(record.frame, layer): made for layer in made.layers.values() or ("",)})
-    current = {id(made) for made in newest.values()}
-    return [replace(made, current=id(made) in current) for made in captures]
-
-
-def _record_capture(title: str, record: GraphRecord) -> Capture:
-    from .backend import _index as index
-    from .naming import plain_text
-    from .ops import SETTINGS_AT, conv
-
-    layers = {d.convolution.node.name: d.convolution.layer for d in record.decisions}
-    for node in record.captured.graph.find_nodes(op="call_function", target=conv):
-        layers[node.name] = str(node.args[SETTINGS_AT])
-
-    @functools.cache
-    def path(key: str, text: str) -> str:
-        module = index.find(key)
-        return index.name(module) if module is not None else plain_text(text)
-
-    def module_of(node: Node) -> str:
-        stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())
-        return next((path(key, str(entry[0])) for key, entry in stack), "")
-
-    modules = {node.name: module_of(node) for node in record.captured.graph.nodes}  # now, while the model is there
-    return Capture(title, record.stages(), layers, modules)
 
 
 __all__ = ["Report", "Row", "inspect"]

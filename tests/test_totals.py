@@ -53,8 +53,6 @@ def test_totals_equal_the_flop_counter_in_eager_mode(model):
 @suite
 def test_totals_equal_the_flop_counter_in_compiled_code(model):
     pytest.importorskip(model.library)
-    if model.name == "spiking_resnet18":
-        pytest.xfail("AOTAutograd computes the stem's three equal convolutions once; the report counts what the model asks for")
     torch._dynamo.reset()
     policy, net, arguments = turns(), model.build(), model.arguments()
     compiled = torch.compile(ssprop_fx.transform(net, policy), backend="ssprop", options={"inner": "aot_eager"}, dynamic=False)

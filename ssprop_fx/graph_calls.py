@@ -1,0 +1,175 @@
+"""What compiled graphs hold: the calls of each layer, the graphs to look at, and what the compiler saved by itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from .convolutions import ConvArgs, conv_backward_flops
+from .cost import Call, as_number
+from .dataflow import Capture
+from .plan import Use
+
+if TYPE_CHECKING:
+    from .backend import GraphRecord
+
+_CONVOLUTION = torch.ops.aten.convolution.default
+
+
+def calls_of(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
+    """Layer → its calls in the graphs in use: where a frame was compiled again, the last that has a backward pass."""
+    newest: dict[tuple[str, str], GraphRecord] = {}
+    found = {id(record): _uses(record) for record in records}
+    for record in sorted(records, key=lambda r: r.dispatcher is not None):
+        newest.update({(record.frame, layer): record for layer in found[id(record)]})
+    trained = {layer for (_, layer), record in newest.items() if record.dispatcher is not None}
+    merged: dict[str, tuple[Use, ...]] = {}
+    for record in records:
+        for layer, uses in found[id(record)].items():
+            if newest[record.frame, layer] is record and (record.dispatcher is not None or layer not in trained):
+                merged[layer] = (*merged.get(layer, ()), *uses)
+    return merged
+
+
+def _uses(record: GraphRecord) -> dict[str, list[Use]]:
+    """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
+    from .ops import BACKWARD_SETTINGS_AT
+
+    found: dict[str, list[Use]] = {}
+    dispatcher = record.dispatcher
+    if dispatcher is not None:
+        for node in reversed(dispatcher.settings):
+            call = _call_of_backward(node, node.args[4:10], node.args[10])
+            if call is not None:
+                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(Use(call, dispatcher, node.name))
+    dense, in_backward = _dense_calls(record), set(found)
+    for decision in record.decisions:
+        c = decision.convolution
+        if dispatcher is not None and decision.sparse and c.layer in in_backward:
+            continue
+        call = _captured_call(c)
+        if call is not None and dispatcher is not None and decision.sparse:
+            found.setdefault(c.layer, []).append(Use(replace(call, needs=(False, False))))
+        elif call is not None:
+            match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
+            if match is not None:
+                call = replace(call, needs=dense.pop(match)[2])
+            found.setdefault(c.layer, []).append(Use(call))
+    return found
+
+
+def _call_of_backward(node: Node, args: Sequence[Any], mask: Any) -> Call | None:
+    grad, input, weight = (a.meta.get("val") if isinstance(a, Node) else None for a in node.args[:3])
+    if grad is None or input is None or weight is None:
+        return None
+    return Call.of(input, weight, grad, ConvArgs(*args), (bool(mask[0]), bool(mask[1])))
+
+
+def _dense_calls(record: GraphRecord) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, bool]]]:
+    """(input shape, weight shape, gradients computed) of the backward graph's dense convolutions, in forward order."""
+    found: list[Any] = []
+    if record.backward is not None:
+        target = torch.ops.aten.convolution_backward.default
+        for node in record.backward.graph.find_nodes(op="call_function", target=target):
+            stride, padding, dilation, transposed, output_padding, groups, mask = node.args[4:11]
+            args = (stride, padding, dilation, transposed, output_padding, groups)
+            call = _call_of_backward(node, args, mask)
+            if call is not None:
+                found.append((call.input, call.weight, call.needs))
+    return found[::-1]
+
+
+def _captured_call(convolution: Any) -> Call | None:
+    from .passes.find_convolutions import example_value
+
+    values = [example_value(convolution.arguments.get(k)) for k in ("input", "weight")] + [example_value(convolution.node)]
+    if not all(isinstance(v, Tensor) for v in values):
+        return None
+    input, weight, output = ([as_number(s) for s in v.shape] for v in values)
+    spec = convolution.spec
+    if spec.dim and len(input) == spec.dim + 1:
+        input, output = [1, *input], [1, *output]
+    args = ConvArgs((), (), (), spec.transposed, (), as_number(convolution.arguments.get("groups", 1)))
+    call = Call.of(values[0], values[1], values[2], args)
+    return replace(call, input=tuple(input), weight=tuple(weight), output=tuple(output))
+
+
+def captures_of(records: Sequence[GraphRecord]) -> list[Capture]:
+    """All of them; ``current`` are those that hold the newest graph of a layer with a backward pass, or of any other."""
+    captures = [_record_capture(f"graph {i}", record) for i, record in enumerate(records)]
+    trained = any(record.backward is not None for record in records)
+    newest: dict[tuple[str, str], Capture] = {}
+    for made, record in zip(captures, records, strict=True):
+        if record.backward is not None or not trained:
+            newest.update({(record.frame, layer): made for layer in made.layers.values() or ("",)})
+    current = {id(made) for made in newest.values()}
+    return [replace(made, current=id(made) in current) for made in captures]
+
+
+def _record_capture(title: str, record: GraphRecord) -> Capture:
+    from .backend import _index as index
+    from .naming import plain_text
+    from .ops import SETTINGS_AT, conv
+
+    layers = {d.convolution.node.name: d.convolution.layer for d in record.decisions}
+    for node in record.captured.graph.find_nodes(op="call_function", target=conv):
+        layers[node.name] = str(node.args[SETTINGS_AT])
+
+    @functools.cache
+    def path(key: str, text: str) -> str:
+        module = index.find(key)
+        return index.name(module) if module is not None else plain_text(text)
+
+    def module_of(node: Node) -> str:
+        stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())
+        return next((path(key, str(entry[0])) for key, entry in stack), "")
+
+    modules = {node.name: module_of(node) for node in record.captured.graph.nodes}  # now, while the model is there
+    return Capture(title, record.stages(), layers, modules)
+
+
+def merged_flops(model: nn.Module, records: Sequence[GraphRecord]) -> int:
+    """FLOPs of the forward convolutions that the model asks for and the graphs in use do not run.
+
+    AOTAutograd computes equal calls once (a spiking network's first layer sees the same image at every time step), and
+    what nothing uses not at all.
+    """
+    newest: dict[str, GraphRecord] = {}
+    for record in records:
+        if record.dispatcher is not None and record.forward is not None:
+            newest[record.frame] = record
+    saved = 0
+    for record in newest.values():
+        asked = _asked_flops(record)
+        runs = max((len(list(record.names_of(d, model))) for d in record.decisions), default=1)
+        forward: Any = record.forward
+        made = sum(map(_forward_flops, forward.graph.find_nodes(op="call_function", target=_CONVOLUTION)))
+        saved += runs * max(0, asked - made)
+    return saved
+
+
+def _asked_flops(record: GraphRecord) -> int:
+    """FLOPs of the forward convolutions in a graph as Dynamo handed it over; those that ``transform`` rewrote are ours."""
+    from .ops import conv
+    from .passes.find_convolutions import example_value
+
+    calls = [_captured_call(d.convolution) for d in record.decisions if d.convolution.spec.dim]
+    for node in record.captured.graph.find_nodes(op="call_function", target=conv):
+        input, weight, output = map(example_value, (*node.args[:2], node))
+        if weight.dim() > 2:
+            calls.append(Call.of(input, weight, output, ConvArgs(*node.args[3:9])))
+    return sum(call.forward_flops() for call in calls if call is not None)
+
+
+def _forward_flops(node: Node) -> int:
+    arguments: Any = node.args
+    input, weight = (arguments[i].meta["val"].shape for i in (0, 1))
+    transposed = bool(arguments[6])
+    positions = [as_number(size) for size in (input if transposed else node.meta["val"].shape)]
+    return conv_backward_flops(positions, list(map(as_number, weight)), as_number(arguments[8]), transposed, outputs=1)
