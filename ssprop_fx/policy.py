@@ -53,7 +53,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """Read a policy file (YAML, UTF-8).
+        """Read the policy file at ``path`` (YAML, UTF-8).
 
         Raises:
             PolicyError: the file cannot be read, is not YAML or has problems; each is given with its line.
@@ -62,7 +62,7 @@ class Policy:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Policy:
-        """The policy of what a policy file contains, as :meth:`to_dict` returns it.
+        """The policy of a ``mapping`` as in a policy file, or as :meth:`to_dict` returns it.
 
         Raises:
             PolicyError: with every problem of the contents.
@@ -172,7 +172,7 @@ class Policy:
         return any(rule.asks_for_linear() for rule in self.rules)
 
     def bind(self, assigned: Mapping[str, Settings]) -> None:
-        """Remember layers and their settings, beside those already bound, for :meth:`drop_rates`."""
+        """Remember the layers that were ``assigned`` settings, beside those already bound, for :meth:`drop_rates`."""
         self._bound.update(assigned)
 
     def drop_rates(self) -> dict[str, float]:

@@ -245,7 +245,7 @@ class Report:
         return graphs[name]
 
     def diff(self, before: str, after: str) -> str:
-        """Unified diff of the code generated from two of :attr:`graphs`; empty where they are the same.
+        """Unified diff of the code generated from two of :attr:`graphs`, from ``before`` to ``after``; empty if they are equal.
 
         Raises:
             SSPropError: there is no such graph.

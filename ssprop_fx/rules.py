@@ -115,7 +115,13 @@ _Pattern = Annotated[str, AfterValidator(_compiles)]
 class Settings:
     """What a policy decided for one layer.
 
-    ``rule`` is the last rule that matched, ``rules[1] (policy.yaml:14)``, or ``default``.
+    Attributes:
+        drop_rate: share of the output channels whose gradient is dropped where the schedule's factor is one, between 0 and 1.
+        criterion: how channels are ranked: ``l1``, ``l2``, ``taylor`` or ``random``.
+        round_to: kept counts are multiples of it, or ``auto``.
+        gradients: ``all``, or ``weight`` if the input's gradient stays dense.
+        rule: the last rule that matched, ``rules[1] (policy.yaml:14)``, or ``default``.
+        drop_over: ``channels``, ``space`` or ``channels_space``.
     """
 
     drop_rate: float
