@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,29 @@ class Regime:
     Attributes:
         images: how many of the 60,000 training images, drawn by the seed.
         rate: peak learning rate of Adam under a one-cycle schedule.
+        widths: channels of the blocks, of the smaller network.
+        pretrained: every arm starts from the weights that the regime of this name gives in dense training, on images that
+            are not among its own.
     """
 
     images: int
     epochs: int
     batch: int
     rate: float
+    widths: tuple[int, ...] = (16, 32, 64)
+    pretrained: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run's file says of it; the fields that are as ever are left out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 REGIMES = {
     "short": Regime(images=15_000, epochs=6, batch=128, rate=5e-3),
     "overfit": Regime(images=2_000, epochs=30, batch=64, rate=3e-3),
+    "long": Regime(images=60_000, epochs=6, batch=128, rate=5e-3),
+    "wide": Regime(images=15_000, epochs=6, batch=128, rate=5e-3, widths=(32, 64, 128)),
+    "finetune": Regime(images=15_000, epochs=3, batch=128, rate=1e-3, pretrained="short"),
 }
 
 
@@ -120,7 +133,7 @@ ARMS = {
 class ResNet8(nn.Module):
     """A ResNet of three blocks, 16 to 64 channels: (N, 1, 28, 28) → (N, 10). Its stem halves the image."""
 
-    def __init__(self, dropout: float, widths: tuple[int, ...] = (16, 32, 64)) -> None:
+    def __init__(self, dropout: float, widths: tuple[int, ...]) -> None:
         super().__init__()
         stem = nn.Conv2d(1, widths[0], 5, 2, 2, bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU())
@@ -134,8 +147,8 @@ class ResNet8(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
-def resnet18(dropout: float) -> nn.Module:
-    """torchvision's ResNet-18 with the paper's stem: 3×3, stride 1, no pooling; (N, 1, 28, 28) → (N, 10)."""
+def resnet18(dropout: float, widths: tuple[int, ...]) -> nn.Module:
+    """torchvision's ResNet-18 with the paper's stem: 3×3, stride 1, no pooling; (N, 1, 28, 28) → (N, 10); its own widths."""
     import torchvision
 
     network = torchvision.models.resnet18(num_classes=10)
@@ -181,7 +194,7 @@ def share_of_dense(arm: Arm, regime: Regime, network: str) -> float:
     steps = regime.epochs * per_epoch
     assert arm.policy is not None
     policy = make_policy(arm.policy, steps, per_epoch)
-    model = ssprop_fx.transform(NETWORKS[network](arm.dropout), policy)
+    model = ssprop_fx.transform(NETWORKS[network](arm.dropout, regime.widths), policy)
     images, labels = torch.randn(regime.batch, 1, 28, 28), torch.zeros(regime.batch, dtype=torch.long)
     flops: dict[float, tuple[int, int]] = {}
     for _ in range(steps):
@@ -193,14 +206,29 @@ def share_of_dense(arm: Arm, regime: Regime, network: str) -> float:
     return sum(flops[factor][1] for factor in factors) / (steps * flops[0.0][1])
 
 
-def train(arm: Arm, regime: Regime, seed: int, images: Images, network: str, device: str) -> dict[str, Any]:
-    """One run. The result holds the accuracy, that on 2,000 test images at the quarters of the run, FLOPs and seconds."""
+@functools.cache
+def pretrained(name: str, seed: int, network: str, device: str, data: str) -> dict[str, Tensor]:
+    """Weights after dense training in the regime ``name``, on the images that a seed draws last."""
+    return train(ARMS["dense"], REGIMES[name], seed, Images.load(data), network, device, data, last=True)["weights"]
+
+
+def train(
+    arm: Arm, regime: Regime, seed: int, images: Images, network: str, device: str, data: str, last: bool = False
+) -> dict[str, Any]:
+    """One run. The result holds the accuracy, that on 2,000 test images at the quarters of the run, FLOPs and seconds.
+
+    Args:
+        last: train on the images that the seed draws last, instead of first; the result holds the ``weights``, too.
+    """
     per_epoch = regime.images // regime.batch
     steps = regime.epochs * per_epoch
     if arm.compute:
         steps = round(steps * share_of_dense(ARMS[arm.compute], regime, network))
     torch.manual_seed(seed)
-    model = NETWORKS[network](arm.dropout).to(device, memory_format=torch.channels_last)
+    model = NETWORKS[network](arm.dropout, regime.widths).to(device, memory_format=torch.channels_last)
+    if regime.pretrained:
+        model.load_state_dict(pretrained(regime.pretrained, seed, network, device, data))
+        torch.manual_seed(seed)
     policy = make_policy(arm.policy, steps, per_epoch) if arm.policy else None
     if policy is not None:
         model = ssprop_fx.transform(model, policy)
@@ -208,7 +236,8 @@ def train(arm: Arm, regime: Regime, seed: int, images: Images, network: str, dev
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, regime.rate, total_steps=steps)
 
     drawn = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(images.train), generator=drawn)[: regime.images]
+    permuted = torch.randperm(len(images.train), generator=drawn)
+    chosen = permuted[-regime.images :] if last else permuted[: regime.images]
     flops: dict[float, tuple[int, int]] = {}
     factors: list[float] = []
     curve: list[dict[str, Any]] = []
@@ -251,7 +280,7 @@ def train(arm: Arm, regime: Regime, seed: int, images: Images, network: str, dev
         "policy": policy.to_dict() if policy else None,
         "dropout": arm.dropout,
         "amp": arm.amp,
-        "regime": asdict(regime),
+        "regime": regime.to_dict(),
         "network": network,
         "seed": seed,
         "steps": steps,
@@ -267,6 +296,7 @@ def train(arm: Arm, regime: Regime, seed: int, images: Images, network: str, dev
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "ssprop_fx": ssprop_fx.__version__,
+        **({"weights": {name: value.clone() for name, value in model.state_dict().items()}} if last else {}),
     }
 
 
@@ -310,7 +340,7 @@ def main() -> None:
                 path = options.out / f"{name}-{arm}-{seed}.json"
                 if path.exists():
                     continue
-                result = train(ARMS[arm], regime, seed, images, options.network, options.device)
+                result = train(ARMS[arm], regime, seed, images, options.network, options.device, options.data)
                 part = path.with_suffix(".part")
                 part.write_text(json.dumps(result, indent=1) + "\n")
                 part.rename(path)
