@@ -123,7 +123,7 @@ ARMS = {
     "epoch-tail": Arm("bar 0.8 per epoch, last quarter dense", bar(unit="epoch", cooldown=0.25)),
     "weight": Arm("bar 0.8 per step, weight gradients only", bar(gradients="weight")),
     "half": Arm("bar 0.5 per step", bar(0.5)),
-    "sixth": Arm("0.8 at one step of three", bar(period=3)),
+    "third": Arm("0.8 at two steps of three", bar(period=3)),
     "l2": Arm("bar 0.8 per step, l2", bar(criterion="l2")),
     "taylor": Arm("bar 0.8 per step, taylor", bar(criterion="taylor")),
     "high": Arm("bar 0.9 per step", bar(0.9)),

@@ -113,6 +113,9 @@ def text(folder: Path, order: list[str]) -> str:
         regime: SimpleNamespace(**{arm.replace("-", "_"): _Figures(summary, arms) for arm, summary in arms.items()})
         for regime, arms in results.items()
     }
+    names["ddpm"] = SimpleNamespace(
+        **{arm: _DiffusionFigures(found, runs) for found in [diffusion(folder)] for arm, runs in found.items()}
+    )
     findings = (folder / "findings.md").read_text().format(**names)
     parts = {name: text.strip() for name, text in (part.split(" -->\n", 1) for part in findings.split("<!-- part ")[1:])}
     lines = [parts["head"], ""]
@@ -120,6 +123,8 @@ def text(folder: Path, order: list[str]) -> str:
         arms = results[regime]
         lines += [parts[regime], "", *table(arms), "", *verdicts(arms), ""]
         lines += [f"![Accuracy of every arm]({folder.name}/{regime}.png)", "", parts[f"{regime}-after"], ""]
+    if "ddpm" in parts:
+        lines += [parts["ddpm"], "", *diffusion_table(folder), "", *diffusion_grids(folder), "", parts["ddpm-after"], ""]
     lines += [parts["tail"], ""]
     if missing:
         lines += ["Arms without all their seeds (with a single one they are in no table): " + "; ".join(missing) + ".", ""]
@@ -138,6 +143,55 @@ class _Figures:
         if "equal" in arms:
             self.over_equal = f"{summary.against(arms['equal'])[0]:+.2f}".replace("-", "−")
             self.over_equal_error = f"{summary.against(arms['equal'])[1]:.2f}"
+
+
+def diffusion(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Arm → seed → run, from the files of ``diffusion.py``."""
+    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for path in sorted((folder / "ddpm").glob("*.json")):
+        run = json.loads(path.read_text())
+        found[path.stem.rsplit("-", 1)[0]][run["seed"]] = run
+    order = ("dense", "step", "equal", "tail")
+    return {arm: found[arm] for arm in order if arm in found}
+
+
+class _DiffusionFigures:
+    """Placeholders of the diffusion runs: ``loss``, ``over`` (per cent over dense, seed by seed, and ``error``), ``distance``."""
+
+    def __init__(self, found: dict[str, dict[int, dict[str, Any]]], runs: dict[int, dict[str, Any]]) -> None:
+        dense = found["dense"]
+        over = [100 * (run["test_loss"] / dense[seed]["test_loss"] - 1) for seed, run in runs.items()]
+        further = [run["distance"] / dense[seed]["distance"] for seed, run in runs.items()]
+        self.loss = f"{mean(run['test_loss'] for run in runs.values()):.4f}"
+        self.over, self.error = f"{mean(over):+.1f}".replace("-", "−"), f"{stdev(over) / len(over) ** 0.5:.1f}"
+        self.distance = f"{mean(run['distance'] for run in runs.values()):.1f}"
+        self.deviation = f"{stdev(run['distance'] for run in runs.values()):.1f}"
+        self.further = f"{mean(further):.2f}"
+        self.backward = f"{mean(r['conv_backward_flops'] / dense[s]['conv_backward_flops'] for s, r in runs.items()):.3f}"
+        self.flops = f"{mean(r['all_flops'] / dense[s]['all_flops'] for s, r in runs.items()):.3f}"
+        self.seconds = f"{mean(r['cpu_seconds'] / dense[s]['cpu_seconds'] for s, r in runs.items()):.2f}"
+
+
+def diffusion_table(folder: Path) -> list[str]:
+    """A row for each arm."""
+    found = diffusion(folder)
+    head = "| arm | seeds | test loss | over dense | distance of samples | backward FLOPs | all FLOPs | processor time |"
+    rows = [head, "|---|---|---|---|---|---|---|---|"]
+    for arm, runs in found.items():
+        f, title = _DiffusionFigures(found, runs), next(iter(runs.values()))["arm"]
+        over = "" if arm == "dense" else f"{f.over} ± {f.error} %"
+        rows.append(
+            f"| {title} | {len(runs)} | {f.loss} | {over} | {f.distance} ± {f.deviation} "
+            f"| {f.backward} | {f.flops} | {f.seconds} |"
+        )
+    return rows
+
+
+def diffusion_grids(folder: Path) -> list[str]:
+    """The samples of the first seed, of each arm."""
+    return [
+        f"![Samples, {runs[0]['arm']}]({folder.name}/ddpm/{arm}.png)" for arm, runs in diffusion(folder).items() if 0 in runs
+    ]
 
 
 def table(arms: dict[str, Summary]) -> list[str]:

@@ -18,6 +18,27 @@ from torchvision.utils import save_image
 from training import Run, autocast, batches, load_policy, options, prepare, seed_everything
 
 
+def scaled(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) from -1 to 1, padded to a height and width that the network halves three times."""
+    low, high = images.amin(), images.amax()
+    images = 2 * (images - low) / (high - low) - 1
+    return F.pad(images, [p for side in images.shape[:1:-1] for p in (-side % 8 // 2, (-side % 8 + 1) // 2)], value=-1)
+
+
+def build(width: int, channels: int, size: int) -> UNet2DModel:
+    """A U-Net of three levels with attention in the last."""
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width, 2 * width),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+
+
 @torch.no_grad()
 def sample(model: nn.Module, noise: DDPMScheduler, shape: Sequence[int], steps: int, device: str) -> Tensor:
     """Images of a shape (N, C, H, W) in [0, 1]; the same noise every time, and no other generator is touched."""
@@ -49,21 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.short:
         data, chosen.epochs, chosen.sampling_steps = data.limited(256), min(chosen.epochs, 2), 5
     seed_everything(chosen.seed)
-    low, high = data.train.amin(), data.train.amax()
-    images = 2 * (data.train - low) / (high - low) - 1
-    images = F.pad(images, [p for side in images.shape[:1:-1] for p in (-side % 8 // 2, (-side % 8 + 1) // 2)], value=-1)
+    images = scaled(data.train)
     channels, size = images.shape[1], images.shape[-1]
     policy = load_policy(chosen.policy)
-    model = UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(chosen.width, 2 * chosen.width, 2 * chosen.width),
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-    ).to(chosen.device)
+    model = build(chosen.width, channels, size).to(chosen.device)
     forward = prepare(model, policy, chosen.compile)
     noise = DDPMScheduler(num_train_timesteps=chosen.timesteps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate)
