@@ -156,7 +156,7 @@ def diffusion(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 class _DiffusionFigures:
-    """Placeholders of the diffusion runs: ``loss``, ``over`` (per cent over dense, seed by seed, and ``error``), ``distance``."""
+    """Placeholders of the diffusion runs: ``loss``, ``over`` (per cent over dense, seed by seed; ``error``), ``distance`` …"""
 
     def __init__(self, found: dict[str, dict[int, dict[str, Any]]], runs: dict[int, dict[str, Any]]) -> None:
         dense = found["dense"]
