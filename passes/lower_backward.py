@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import ops
-from ssprop_fx._compat import fake_mode_of
+from ssprop_fx._compat import fake_mode_of, in_memory_order
 from ssprop_fx.backward import sparse_backward
 from ssprop_fx.convolutions import ConvArgs
 from ssprop_fx.cost import Call
@@ -79,8 +79,10 @@ class LowerBackward(PassBase):
 
         def backward(*values):
             given = dict.fromkeys(tensors) | dict(zip(names, values, strict=True))
+            # One layout for the ranking and the gather; Inductor would write the gradient in two where they differ.
+            ordered = in_memory_order if self.decompositions and given["grad"].device.type == "cpu" else _as_it_is
             return sparse_backward(
-                given["grad"],
+                ordered(given["grad"]),
                 given["input"],
                 given["weight"],
                 given["output"],
@@ -136,6 +138,10 @@ class LowerBackward(PassBase):
                 user.replace_all_uses_with(None)  # type: ignore[arg-type]
             graph.erase_node(user)
         graph.erase_node(node)
+
+
+def _as_it_is(tensor: Any) -> Any:
+    return tensor
 
 
 def _present(args):

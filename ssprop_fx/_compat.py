@@ -107,6 +107,13 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which Inductor is to keep in memory as its strides say, for all of its readers."""
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return force_stride_order(tensor, tensor.stride())
+
+
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """The settings that a ``mode`` of ``torch.compile`` stands for."""
     return torch._inductor.list_mode_options(mode)

@@ -136,3 +136,12 @@ def test_autocast_of_any_device_is_seen():
     assert not _compat.any_autocast()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _compat.any_autocast()
+
+
+def test_a_layout_can_be_settled():
+    tensor = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(_compat.in_memory_order(tensor), tensor)
+    assert _compat.in_memory_order(tensor).stride() == tensor.stride()
+    assert "inductor_force_stride_order" in str(
+        torch.fx.experimental.proxy_tensor.make_fx(_compat.in_memory_order)(tensor).graph
+    )
