@@ -57,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, labels = volumes(chosen.volumes, chosen.size, chosen.seed)
     test_images, test_labels = volumes(max(chosen.volumes // 8, 4), chosen.size, chosen.seed + 1)
     seed_everything(chosen.seed)
-    policy = load_policy(chosen.policy)
+    per_epoch = len(images) // chosen.batch
+    policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(16, 32, 64), strides=(2, 2), num_res_units=1)
     model = model.to(chosen.device)
     forward = prepare(model, policy, chosen.compile)
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate)
 
-    run = Run(chosen, len(images) // chosen.batch, {"model": model, "optimizer": optimizer, "policy": policy})
+    run = Run(chosen, per_epoch, {"model": model, "optimizer": optimizer, "policy": policy})
     for step in run:
         index = batches(len(images), chosen.batch, step, chosen.seed)
         volume, truth = images[index].to(chosen.device), labels[index].to(chosen.device)

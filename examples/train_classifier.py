@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = Images(data.train.expand(-1, 3, -1, -1), data.train_labels, data.test.expand(-1, 3, -1, -1), data.test_labels)
 
     seed_everything(chosen.seed)
-    policy = load_policy(chosen.policy)
+    per_epoch = len(data.train) // chosen.batch
+    policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = build(chosen.model, data.train.shape[1], data.classes, chosen.dropout)
     model = model.to(chosen.device, memory_format=torch.channels_last)
     forward = prepare(model, policy, chosen.compile)
-    per_epoch = len(data.train) // chosen.batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate, weight_decay=0.05)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, chosen.rate, total_steps=chosen.epochs * per_epoch)
 

@@ -72,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(chosen.seed)
     images = scaled(data.train)
     channels, size = images.shape[1], images.shape[-1]
-    policy = load_policy(chosen.policy)
+    per_epoch = len(images) // chosen.batch
+    policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = build(chosen.width, channels, size).to(chosen.device)
     forward = prepare(model, policy, chosen.compile)
     noise = DDPMScheduler(num_train_timesteps=chosen.timesteps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.rate)
 
-    run = Run(chosen, len(images) // chosen.batch, {"model": model, "optimizer": optimizer, "policy": policy})
+    run = Run(chosen, per_epoch, {"model": model, "optimizer": optimizer, "policy": policy})
     for step in run:
         clean = images[batches(len(images), chosen.batch, step, chosen.seed)].to(chosen.device)
         eps = torch.randn(clean.shape).to(chosen.device)

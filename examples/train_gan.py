@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         discriminator(chosen.width, channels).to(chosen.device),
     )
     # one clock for each network: a shared one would advance twice in an iteration
-    make_policy, judge_policy = load_policy(chosen.policy), load_policy(chosen.discriminator_policy or chosen.policy)
+    per_epoch = len(real_images) // chosen.batch
+    steps = chosen.epochs * per_epoch
+    make_policy = load_policy(chosen.policy, steps)
+    judge_policy = load_policy(chosen.discriminator_policy or chosen.policy, steps)
     make, judge = prepare(makers, make_policy, chosen.compile), prepare(critics, judge_policy, chosen.compile)
     make_optimizer = torch.optim.Adam(makers.parameters(), chosen.rate, betas=(0.5, 0.999))
     judge_optimizer = torch.optim.Adam(critics.parameters(), chosen.rate, betas=(0.5, 0.999))
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "generator_policy": make_policy,
         "discriminator_policy": judge_policy,
     }
-    run = Run(chosen, len(real_images) // chosen.batch, parts)
+    run = Run(chosen, per_epoch, parts)
     for step in run:
         real = real_images[batches(len(real_images), chosen.batch, step, chosen.seed)].to(chosen.device)
         latent = torch.randn(chosen.batch, LATENT, 1, 1).to(chosen.device)

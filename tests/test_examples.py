@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_resume import same
 
+import ssprop_fx
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIGURES = {
     "train_classifier": {"loss", "factor", "accuracy"},
@@ -40,18 +42,27 @@ def test_the_short_form_trains_and_logs(name, tmp_path):
     for line in log:
         assert set(line) == {"epoch", "step"} | FIGURES[name]
         assert all(map(torch.isfinite, map(torch.tensor, line.values())))
-        assert line.get("factor", 0.5) == 0.5  # half of the steps were sparse
+    # every other step is sparse, but none of the last quarter, which is half of the second epoch, or all of two steps
+    assert [line.get("factor") for line in log] in ([0.5, 0.25], [0.5, 0], [None, None])
     grids = sorted(path.name for path in tmp_path.glob("*.png"))
     assert grids == (["samples-001.png", "samples-002.png"] if name in ("train_ddpm", "train_gan") else [])
 
 
 @pytest.mark.parametrize("name", ["train_ddpm", "train_gan", "segment_volume"])
 def test_an_epoch_and_another_one_equal_two(name, tmp_path):
-    whole = train(name, tmp_path / "whole", "--short")
-    train(name, tmp_path / "parts", "--short", "--epochs", "1")
-    assert train(name, tmp_path / "parts", "--short", "--resume") == whole
+    (tmp_path / "policy.yaml").write_text("schedule: {kind: bar}\n")  # which does not depend on the length of the run
+    policy = ["--policy", str(tmp_path / "policy.yaml")]
+    whole = train(name, tmp_path / "whole", "--short", *policy)
+    train(name, tmp_path / "parts", "--short", "--epochs", "1", *policy)
+    assert train(name, tmp_path / "parts", "--short", "--resume", *policy) == whole
     states = [torch.load(tmp_path / run / "checkpoint.pt") for run in ("whole", "parts")]
     assert same(*states)
+
+
+def test_the_default_of_a_longer_run_is_another_schedule(tmp_path):
+    train("segment_volume", tmp_path, "--short", "--epochs", "1")
+    with pytest.raises(ssprop_fx.PolicyError, match="schedule"):
+        train("segment_volume", tmp_path, "--short", "--resume")
 
 
 def test_dense_and_a_policy_file(tmp_path):
