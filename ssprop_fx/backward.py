@@ -89,7 +89,11 @@ def sparse_backward(
     kept_input = input if rows is None else take(input, 1, rows, compiling)
     kept_weight = _take_weight(weight, index, rows, args, compiling)
     kept_args = args._replace(groups=keep) if whole_groups else args
-    convolve = _pointwise_backward if _is_matrix_product(kept_input, kept_weight, kept_args) else dense_backward
+    convolve = dense_backward
+    if _is_matrix_product(kept_input, kept_weight, kept_args):
+        convolve = _pointwise_backward
+    elif mask[1] and _overruns(kept_input, kept_weight, kept_args):
+        convolve = _strided_pointwise_backward
     gi, gw, _ = convolve(kept_grad, kept_input, kept_weight, kept_args, (mask[0], mask[1], False))
 
     if mask[0]:
@@ -140,6 +144,32 @@ def _pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvA
     if mask[1]:
         gw = (rows.t() @ input.permute(last).reshape(-1, input.shape[1])).reshape(weight.shape)
     return gi, gw, None
+
+
+def _overruns(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
+    """Whether the library could write past the end of its weight gradient.
+
+    oneDNN, as in PyTorch 2.15, does so for 1×1 convolutions of stride 2 over channels-last data of fewer than 16 channels
+    if few outputs are asked for. A model whose own layer is like that is at its mercy; one of many outputs must not come
+    to be by having some of them dropped.
+    """
+    return (
+        input.device.type == "cpu"
+        and weight.dim() > 2
+        and args.groups == 1
+        and not args.transposed
+        and weight.shape[1] < 16
+        and all(k == 1 for k in weight.shape[2:])
+        and any(s > 1 for s in args.stride)
+        and all(p == 0 for p in args.padding)
+    )
+
+
+def _strided_pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients:
+    """A strided 1×1 convolution's backward; its weight gradient from the positions that it looks at, as a product."""
+    gi, _, _ = dense_backward(grad, input, weight, args, (mask[0], False, False)) if mask[0] else (None, None, None)
+    seen = input[(slice(None), slice(None), *(slice(None, None, s) for s in args.stride))]
+    return gi, _pointwise_backward(grad, seen, weight, args, (False, True, False))[1], None
 
 
 def _lists(args: ConvArgs) -> tuple:
