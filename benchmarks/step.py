@@ -19,7 +19,8 @@ import torch
 from models import MODELS, build
 
 from ssprop_fx import Policy
-from ssprop_fx.bench import ARMS, bench
+from ssprop_fx.arms import ARMS
+from ssprop_fx.bench import bench
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coverage import BackwardCounter, scalar_loss
+from .arms import ARMS, at_factor, base_of, freeze
+from .coverage import scalar_loss
 from .errors import SSPropError, nearest
 from .inspection import inspect
 from .policy import Policy
 from .report import Report
-from .selection import importance, keep_count, kept_channels
 from .timing import Ratio, ratio, synchronize, take_turns, timed
-from .transform import transform
 
 Step = Callable[[], float]
 
@@ -114,60 +113,6 @@ class BenchResult:
         pyplot.close(figure)
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way to train: how the model is prepared, and whether a compiler runs.
-
-    Attributes:
-        build: (copy of the model, policy) → what is called in place of the model.
-        compiled: through ``torch.compile``; compared with ``dense``, else with ``eager``.
-        sparse: whether the arm follows the policy, so that a ceiling makes sense.
-    """
-
-    build: Callable[[nn.Module, Policy], Any]
-    compiled: bool
-    sparse: bool
-    text: str
-
-
-ARMS: dict[str, Arm] = {
-    "eager": Arm(lambda model, _: model, False, False, "the model as it is"),
-    "transform": Arm(transform, False, True, "ssprop_fx.transform"),
-    "dense": Arm(lambda model, _: torch.compile(model), True, False, "torch.compile"),
-    "ssprop": Arm(
-        lambda model, policy: _compiled(model, policy),
-        True, True, 'torch.compile(backend="ssprop")',
-    ),
-    "dense-phase": Arm(
-        lambda model, policy: _compiled(model, at_factor(policy, 0.0)),
-        True, False, "the same in a dense phase",
-    ),
-    "both": Arm(
-        lambda model, policy: torch.compile(transform(model, policy), backend="ssprop"),
-        True, True, "transform, then torch.compile",
-    ),
-    "masked": Arm(
-        lambda model, policy: torch.compile(_masked(model, policy)),
-        True, False, "torch.compile, dropped channels multiplied by zero",
-    ),
-    "frozen": Arm(
-        lambda model, policy: torch.compile(model),
-        True, False, "torch.compile, first layers frozen down to the policy's backward FLOPs",
-    ),
-}  # fmt: skip
-
-
-def _compiled(model: nn.Module, policy: Policy) -> Any:
-    options: dict[str, Any] = {"policy": policy}
-    return torch.compile(model, backend="ssprop", options=options)
-
-
-def at_factor(policy: Policy, factor: float) -> Policy:
-    """The policy with a schedule that stands still, for measuring one of its phases."""
-    contents = {k: v for k, v in policy.to_dict().items() if k != "schedule"}
-    return Policy(**contents, schedule={"kind": "constant", "start": 0.0 if factor == 0 else factor, "end": factor})
-
-
 def bench(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
@@ -205,8 +150,8 @@ def bench(
         progress(f"first step of {name}")
         runs[name] = _Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
     progress(f"{rounds} rounds of {', '.join(names)}")
-    times = take_turns(runs, rounds, warmup=2)
-    splits = {name: run.splits[-rounds:] for name, run in runs.items()}
+    times = {name: [t / ARMS[name].steps for t in row] for name, row in take_turns(runs, rounds, warmup=2).items()}
+    splits = {name: run.splits[-rounds * ARMS[name].steps :] for name, run in runs.items()}
     ceilings: dict[str, Ceiling] = {}
     for base in dict.fromkeys(base_of(arm) for arm in arms):
         progress(f"convolutions of {base}")
@@ -231,11 +176,6 @@ def bench(
     return BenchResult(type(model).__name__, setting, results, times)
 
 
-def base_of(arm: str) -> str:
-    """The dense arm that an arm is compared with."""
-    return "dense" if ARMS[arm].compiled else "eager"
-
-
 class _Run:
     """One arm's model, ready to make steps."""
 
@@ -258,6 +198,10 @@ class _Run:
         return forward
 
     def __call__(self) -> None:
+        for _ in range(ARMS[self.name].steps):
+            self._step()
+
+    def _step(self) -> None:
         start = time.perf_counter()
         result = self._forward_of(self.model)()
         synchronize()
@@ -330,61 +274,3 @@ class Ceiling:
         if missing:
             raise SSPropError(f"{len(missing)} convolutions of the profile are not in the report: {sorted(missing)[:3]}")
         return sum((1 - statistics.mean(kept[key])) * share for key, share in self.shares.items())
-
-
-# --- what our users might do instead ------------------------------------------------------------------------
-
-
-class _MaskGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, keep):
-        ctx.keep = keep
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index = kept_channels(importance(grad, None, "l1", sliced=False), 1, ctx.keep)
-        mask = torch.zeros(grad.shape[1], dtype=grad.dtype, device=grad.device).index_fill(0, index, 1.0)
-        return grad * mask.view(-1, *[1] * (grad.dim() - 2)), None
-
-
-def _masked(model: nn.Module, policy: Policy) -> nn.Module:
-    """The naive way: the gradient of every convolution module's output is multiplied by a mask, the dense backward runs."""
-
-    def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return _MaskGradient.apply(output, keep_count(policy.drop_rate, output.shape[1]))
-
-    for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            module.register_forward_hook(hook)
-    return model
-
-
-def freeze(model: nn.Module, loss: Callable[[], Tensor], policy: Policy) -> float:
-    """Freeze the first parameters until the backward convolution FLOPs of a step are at most the policy's share.
-
-    Returns:
-        The share that is left, of the step before.
-    """
-
-    def flops() -> int:
-        with BackwardCounter() as counter:
-            result = loss()
-            if result.requires_grad:
-                result.backward()
-        model.zero_grad(set_to_none=True)
-        return counter.conv_flops
-
-    dense, parameters = flops(), list(model.parameters())
-    low, high = 0, len(parameters) - 1  # the fewest that are enough; the last one stays, or there is no backward pass
-    while low < high:
-        middle = (low + high) // 2
-        for i, parameter in enumerate(parameters):
-            parameter.requires_grad_(i >= middle)
-        if flops() <= (1 - policy.drop_rate) * dense:
-            high = middle
-        else:
-            low = middle + 1
-    for i, parameter in enumerate(parameters):
-        parameter.requires_grad_(i >= low)
-    return flops() / dense

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .bench import ARMS
+from .arms import ARMS
 from .bench import bench as run_bench
 from .commands import JsonOption, PolicyOption, app, first_line, read_policy
 from .errors import SSPropError

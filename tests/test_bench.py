@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssprop_fx import Policy, SSPropError, bench, inspect, transform
+from ssprop_fx import Policy, SSPropError, arms, bench, inspect, transform
 from ssprop_fx.timing import Ratio, ratio, take_turns
 
 
@@ -83,7 +83,7 @@ def test_a_convolution_that_the_report_does_not_know_is_an_error():
 
 def test_freezing_leaves_at_most_the_policys_share():
     model = net()
-    share = bench.freeze(model, lambda: model(X).square().mean(), Policy(drop_rate=0.4))
+    share = arms.freeze(model, lambda: model(X).square().mean(), Policy(drop_rate=0.4))
     assert 0 < share <= 0.6
     frozen = [not p.requires_grad for p in model.parameters()]
     assert frozen == sorted(frozen, reverse=True)
@@ -92,7 +92,7 @@ def test_freezing_leaves_at_most_the_policys_share():
 
 def test_the_masked_arm_computes_what_a_sparse_backward_does():
     policy = Policy(drop_rate=0.75, round_to=1, schedule={"kind": "constant", "end": 1.0})
-    masked, sparse = bench._masked(net().double(), policy), transform(net().double(), policy)
+    masked, sparse = arms.masked(net().double(), policy), transform(net().double(), policy)
     for model in (masked, sparse):
         model(X.double()).square().mean().backward()
     for a, b in zip(masked.parameters(), sparse.parameters(), strict=True):
@@ -111,12 +111,22 @@ def test_the_schedule_does_not_matter():
     assert bench.at_factor(policy, 1.0).drop_rate == 0.5
 
 
+def test_the_arm_of_the_schedule_takes_dense_and_sparse_steps_by_turns():
+    model = arms.Turns(net(), Policy(drop_rate=0.5))
+    seen = []
+    for _ in range(4):
+        model.policy.step()
+        seen.append(model.policy.factor)
+    assert seen == [1, 0, 1, 0]
+    assert arms.ARMS["schedule"].steps == 2
+
+
 @pytest.mark.slow
 def test_compiled_arms(tmp_path):
     torch._dynamo.reset()
-    arms = ["dense", "ssprop", "dense-phase", "both", "masked", "frozen"]
-    result = bench.bench(net(), X, Policy(round_to=1), arms, rounds=2, memory=True)
-    assert list(result.arms) == arms
+    names = ["dense", "ssprop", "dense-phase", "schedule", "both", "masked", "frozen"]
+    result = bench.bench(net(), X, Policy(round_to=1), names, rounds=2, memory=True)
+    assert list(result.arms) == names
     assert [name for name, arm in result.arms.items() if arm.captured is not None] == ["ssprop", "both"]
     result.plot(tmp_path / "times.png")
     assert (tmp_path / "times.png").stat().st_size > 5000
