@@ -327,17 +327,20 @@ def families() -> Iterator[Model]:
 
 def graphs_captured(model: Model) -> str:
     """How many graphs Dynamo makes of the transformed model in a training step, or why it makes none."""
-    torch._dynamo.reset()
-    gc.collect()  # spikingjelly knows networks by weak reference, and Dynamo counts on their number
-    net = ssprop_fx.transform(model.build(), policy())
-    rule = net.__dict__["_ssprop"].policy
-    try:
-        run_step(torch.compile(net, backend="ssprop", options={"inner": "eager"}, dynamic=False), model.arguments())
-    except Exception as problem:
-        return f"none: {type(problem).__name__}"
     from ssprop_fx.backend import state_of
 
-    return str(len(state_of(rule).records))
+    for inner in ("eager", "aot_eager"):  # PyTorch's own backend "eager" fails where a checkpointed block counts in a buffer
+        torch._dynamo.reset()
+        gc.collect()  # spikingjelly knows networks by weak reference, and Dynamo counts on their number
+        net = ssprop_fx.transform(model.build(), policy())
+        rule = net.__dict__["_ssprop"].policy
+        try:
+            run_step(torch.compile(net, backend="ssprop", options={"inner": inner}, dynamic=False), model.arguments())
+        except Exception as problem:
+            found = f"none: {type(problem).__name__}"
+        else:
+            return str(len(state_of(rule).records))
+    return found
 
 
 _COLUMNS = (
