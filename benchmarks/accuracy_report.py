@@ -233,7 +233,7 @@ def plot(arms: dict[str, Summary], title: str, path: Path) -> None:
         (axes[1], "cpu_seconds", "processor time, share of dense"),
     ):
         for i, s in enumerate(arms.values()):
-            color, marker = f"C{i % 10}", "os^Dv<>PX*"[i % 10]
+            color, marker = f"C{i % 10}", "os^Dv<>PX*hd8p"[i % 14]
             x = [run[key] / s.dense[seed][key] for seed, run in s.runs.items()]
             axis.plot(x, [100 * run["test_accuracy"] for run in s.runs.values()], ".", color=color, alpha=0.5, markersize=5)
             axis.errorbar(mean(x), s.accuracy, s.deviation, fmt=marker, color=color, capsize=3, label=s.title)

@@ -37,3 +37,18 @@ def test_arms_of_a_seed_are_comparable(report):
                     assert run[key] == dense[key]
         assert arms["step"].backward == pytest.approx(0.6, abs=0.005)
         assert arms["equal"].flops == pytest.approx(arms["step"].flops, abs=0.002)
+
+
+def test_every_arm_of_the_diffusion_model_has_three_seeds_and_a_grid(report):
+    module, _ = report
+    found = module.diffusion(RESULTS)
+    assert {"dense", "step", "equal"} <= found.keys()
+    for arm, runs in found.items():
+        assert runs.keys() >= {0, 1, 2}
+        assert (RESULTS / "ddpm" / f"{arm}.png").stat().st_size > 1000
+        for seed, run in runs.items():
+            assert all(run[key] == found["dense"][seed][key] for key in ("data", "width", "batch", "torch"))
+    for seed, run in found["step"].items():
+        dense = found["dense"][seed]
+        assert run["conv_backward_flops"] == pytest.approx(0.6 * dense["conv_backward_flops"], rel=0.01)
+        assert found["equal"][seed]["all_flops"] == pytest.approx(run["all_flops"], rel=0.02)
