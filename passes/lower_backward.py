@@ -12,9 +12,10 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ssprop_fx import ops
 from ssprop_fx._compat import fake_mode_of, in_memory_order
 from ssprop_fx.backward import sparse_backward
-from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.convolutions import ConvArgs, output_channels
 from ssprop_fx.cost import Call
-from ssprop_fx.selection import Demand
+from ssprop_fx.gather import channels_last
+from ssprop_fx.selection import Demand, choices
 
 
 def backward_nodes(graph_module: GraphModule) -> list[Node]:
@@ -76,13 +77,16 @@ class LowerBackward(PassBase):
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
         tensors = {"grad": grad, "input": input, "weight": weight, "output": output}
         names = [k for k, v in tensors.items() if v is not None]
+        # Inductor may write the gradient once in its own order, to rank it, and once with channels last, to gather from it.
+        sparse = keep < choices(output_channels(weight.shape, args), args.groups)
+        two_layouts = (
+            bool(self.decompositions) and sparse and weight.dim() > 2 and grad.device.type == "cpu" and channels_last(grad)
+        )
 
         def backward(*values):
             given = dict.fromkeys(tensors) | dict(zip(names, values, strict=True))
-            # One layout for the ranking and the gather; Inductor would write the gradient in two where they differ.
-            ordered = in_memory_order if self.decompositions and given["grad"].device.type == "cpu" else _as_it_is
             return sparse_backward(
-                ordered(given["grad"]),
+                in_memory_order(given["grad"]) if two_layouts else given["grad"],
                 given["input"],
                 given["weight"],
                 given["output"],
@@ -138,10 +142,6 @@ class LowerBackward(PassBase):
                 user.replace_all_uses_with(None)  # type: ignore[arg-type]
             graph.erase_node(user)
         graph.erase_node(node)
-
-
-def _as_it_is(tensor: Any) -> Any:
-    return tensor
 
 
 def _present(args):

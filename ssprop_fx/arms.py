@@ -74,8 +74,7 @@ class Turns(nn.Module):
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         super().__init__()
-        contents = {k: v for k, v in policy.to_dict().items() if k != "schedule"}
-        self.policy = Policy(**contents, schedule={"kind": "bar", "period": 2})
+        self.policy = _rescheduled(policy, kind="bar", period=2)
         self.model = _compiled(model, self.policy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,8 +84,11 @@ class Turns(nn.Module):
 
 def at_factor(policy: Policy, factor: float) -> Policy:
     """The policy with a schedule that stands still, for measuring one of its phases."""
-    contents = {k: v for k, v in policy.to_dict().items() if k != "schedule"}
-    return Policy(**contents, schedule={"kind": "constant", "start": 0.0 if factor == 0 else factor, "end": factor})
+    return _rescheduled(policy, kind="constant", start=factor, end=factor)
+
+
+def _rescheduled(policy: Policy, **schedule: Any) -> Policy:
+    return Policy(**policy.to_dict() | {"schedule": schedule})
 
 
 def base_of(arm: str) -> str:

@@ -68,22 +68,20 @@ def sparse_backward(
     channels, groups = grad.shape[1], args.groups
     if keep >= choices(channels, groups):
         return dense_backward(grad, input, weight, args, mask)
-    if is_masked(criterion):
-        kept = masked(grad, output, criterion, groups, keep, sliced=not compiling)
-        whole = grad if gradients == "weight" else kept
-        input_grad = dense_backward(whole, input, weight, args, (mask[0], False, False))[0]
-        return input_grad, *dense_backward(kept, input, weight, args, (False, mask[1], mask[2]))[1:]
-    whole_groups = channels == groups
-    with torch.no_grad():
-        score = importance(grad, output, criterion, sliced=not compiling)
-        index = kept_channels(score, 1 if whole_groups else groups, keep)
-
     dense_input = gradients == "weight" and mask[0]
     input_grad = dense_backward(grad, input, weight, args, (True, False, False))[0] if dense_input else None
     mask = (mask[0] and not dense_input, mask[1], mask[2])
     if not any(mask):
         return input_grad, None, None
+    if is_masked(criterion):
+        kept = masked(grad, output, criterion, groups, keep, sliced=not compiling)
+        masked_grads = dense_backward(kept, input, weight, args, mask)
+        return input_grad if dense_input else masked_grads[0], *masked_grads[1:]
 
+    whole_groups = channels == groups
+    with torch.no_grad():
+        score = importance(grad, output, criterion, sliced=not compiling)
+        index = kept_channels(score, 1 if whole_groups else groups, keep)
     kept_grad = take(grad, 1, index, compiling)
     rows = _input_channels(index, input.shape[1] // groups) if whole_groups else None
     kept_input = input if rows is None else take(input, 1, rows, compiling)
@@ -117,14 +115,17 @@ def _linear_backward(grad: Tensor, input: Tensor, weight: Tensor, mask: Sequence
 
 def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     """A 1×1 convolution over channels-last data, every position of which is used once."""
+    return _is_pointwise(weight, args) and all(s == 1 for s in args.stride) and channels_last(input)
+
+
+def _is_pointwise(weight: Tensor, args: ConvArgs) -> bool:
+    """A 1×1 convolution, strided or not, that is neither grouped nor transposed nor padded."""
     return (
         weight.dim() > 2
         and args.groups == 1
         and not args.transposed
         and all(k == 1 for k in weight.shape[2:])
-        and all(s == 1 for s in args.stride)
         and all(p == 0 for p in args.padding)
-        and channels_last(input)
     )
 
 
@@ -153,16 +154,8 @@ def _overruns(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     if few outputs are asked for. A model whose own layer is like that is at its mercy; one of many outputs must not come
     to be by having some of them dropped.
     """
-    return (
-        input.device.type == "cpu"
-        and weight.dim() > 2
-        and args.groups == 1
-        and not args.transposed
-        and weight.shape[1] < 16
-        and all(k == 1 for k in weight.shape[2:])
-        and any(s > 1 for s in args.stride)
-        and all(p == 0 for p in args.padding)
-    )
+    few = input.device.type == "cpu" and weight.shape[1] < 16
+    return few and _is_pointwise(weight, args) and any(s > 1 for s in args.stride)
 
 
 def _strided_pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients:

@@ -151,7 +151,7 @@ def bench(
         runs[name] = _Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
     progress(f"{rounds} rounds of {', '.join(names)}")
     times = {name: [t / ARMS[name].steps for t in row] for name, row in take_turns(runs, rounds, warmup=2).items()}
-    splits = {name: run.splits[-rounds * ARMS[name].steps :] for name, run in runs.items()}
+    splits = {name: run.splits[-rounds:] for name, run in runs.items()}
     ceilings: dict[str, Ceiling] = {}
     for base in dict.fromkeys(base_of(arm) for arm in arms):
         progress(f"convolutions of {base}")
@@ -198,19 +198,20 @@ class _Run:
         return forward
 
     def __call__(self) -> None:
-        for _ in range(ARMS[self.name].steps):
-            self._step()
+        parts = [self._step() for _ in range(ARMS[self.name].steps)]
+        self.splits.append((statistics.mean(f for f, _ in parts), statistics.mean(b for _, b in parts)))
 
-    def _step(self) -> None:
+    def _step(self) -> tuple[float, float]:
         start = time.perf_counter()
         result = self._forward_of(self.model)()
         synchronize()
         middle = time.perf_counter()
         result.backward()
         synchronize()
-        self.splits.append((middle - start, time.perf_counter() - middle))
+        end = time.perf_counter()
         for parameter in self.model.parameters():
             parameter.grad = None
+        return middle - start, end - middle
 
     def report(self) -> Report:
         """Kept channels and shapes by layer."""

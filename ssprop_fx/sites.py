@@ -60,7 +60,8 @@ class Site:
         if geometry == self._geometry and input.dim() == self.spec.dim + 2:
             return input, self._args, False
         call = self.spec.prepare(input, weight, *geometry)
-        if call.input is input and not any(isinstance(value, list) for value in geometry):  # a list may change in place
+        # a list may change in place, and what "same" pads depends on the weight
+        if call.input is input and all(isinstance(value, (int, tuple)) for value in geometry):
             self._geometry, self._args = geometry, call.args
         return call
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,12 +113,11 @@ def test_the_schedule_does_not_matter():
 
 
 def test_the_arm_of_the_schedule_takes_dense_and_sparse_steps_by_turns():
-    model = arms.Turns(net(), Policy(drop_rate=0.5))
-    seen = []
-    for _ in range(4):
-        model.policy.step()
-        seen.append(model.policy.factor)
-    assert seen == [1, 0, 1, 0]
+    policy, seen = arms.Turns(net(), Policy(drop_rate=0.5)).policy, []
+    turns = SimpleNamespace(policy=policy, model=lambda x: seen.append((x, policy.factor)))
+    for step in range(4):
+        arms.Turns.forward(turns, step)
+    assert seen == [(0, 1), (1, 0), (2, 1), (3, 0)]
     assert arms.ARMS["schedule"].steps == 2
 
 

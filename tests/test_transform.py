@@ -1080,3 +1080,22 @@ def test_a_geometry_changed_in_place_is_followed():
     assert torch.equal(ours(x), model(x))
     stride[:] = 2, 2
     assert torch.equal(ours(x), model(x))
+
+
+class SameWithTwoKernels(torch.nn.Module):
+    """One call site, weights of two sizes, and a padding that depends on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = (nn.Parameter(torch.randn(8, 4, k, k)) for k in (3, 5))
+
+    def forward(self, x, large):
+        return F.conv2d(x, self.large if large else self.small, padding="same")
+
+
+def test_padding_the_same_follows_the_kernel():
+    model = SameWithTwoKernels()
+    ours = ssprop_fx.transform(model, ssprop_fx.Policy(schedule={"kind": "constant"}))
+    x = torch.randn(2, 4, 9, 9)
+    for large in (False, True, False):
+        assert torch.equal(ours(x, large), model(x, large))
