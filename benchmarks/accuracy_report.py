@@ -113,9 +113,8 @@ def text(folder: Path, order: list[str]) -> str:
         regime: SimpleNamespace(**{arm.replace("-", "_"): _Figures(summary, arms) for arm, summary in arms.items()})
         for regime, arms in results.items()
     }
-    names["ddpm"] = SimpleNamespace(
-        **{arm: _DiffusionFigures(found, runs) for found in [diffusion(folder)] for arm, runs in found.items()}
-    )
+    samples = diffusion(folder)
+    names["ddpm"] = SimpleNamespace(**{arm: _DiffusionFigures(samples, runs) for arm, runs in samples.items()})
     findings = (folder / "findings.md").read_text().format(**names)
     parts = {name: text.strip() for name, text in (part.split(" -->\n", 1) for part in findings.split("<!-- part ")[1:])}
     lines = [parts["head"], ""]
@@ -124,7 +123,16 @@ def text(folder: Path, order: list[str]) -> str:
         lines += [parts[regime], "", *table(arms), "", *verdicts(arms), ""]
         lines += [f"![Accuracy of every arm]({folder.name}/{regime}.png)", "", parts[f"{regime}-after"], ""]
     if "ddpm" in parts:
-        lines += [parts["ddpm"], "", *diffusion_table(folder), "", *diffusion_grids(folder), "", parts["ddpm-after"], ""]
+        lines += [
+            parts["ddpm"],
+            "",
+            *diffusion_table(samples),
+            "",
+            *diffusion_grids(samples, folder),
+            "",
+            parts["ddpm-after"],
+            "",
+        ]
     lines += [parts["tail"], ""]
     if missing:
         lines += ["Arms without all their seeds (with a single one they are in no table): " + "; ".join(missing) + ".", ""]
@@ -151,7 +159,7 @@ def diffusion(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     for path in sorted((folder / "ddpm").glob("*.json")):
         run = json.loads(path.read_text())
         found[path.stem.rsplit("-", 1)[0]][run["seed"]] = run
-    order = ("dense", "step", "equal", "tail")
+    order = ("dense", "step", "equal")
     return {arm: found[arm] for arm in order if arm in found}
 
 
@@ -172,9 +180,8 @@ class _DiffusionFigures:
         self.seconds = f"{mean(r['cpu_seconds'] / dense[s]['cpu_seconds'] for s, r in runs.items()):.2f}"
 
 
-def diffusion_table(folder: Path) -> list[str]:
+def diffusion_table(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """A row for each arm."""
-    found = diffusion(folder)
     head = "| arm | seeds | test loss | over dense | distance of samples | backward FLOPs | all FLOPs | processor time |"
     rows = [head, "|---|---|---|---|---|---|---|---|"]
     for arm, runs in found.items():
@@ -187,11 +194,9 @@ def diffusion_table(folder: Path) -> list[str]:
     return rows
 
 
-def diffusion_grids(folder: Path) -> list[str]:
+def diffusion_grids(found: dict[str, dict[int, dict[str, Any]]], folder: Path) -> list[str]:
     """The samples of the first seed, of each arm."""
-    return [
-        f"![Samples, {runs[0]['arm']}]({folder.name}/ddpm/{arm}.png)" for arm, runs in diffusion(folder).items() if 0 in runs
-    ]
+    return [f"![Samples, {runs[0]['arm']}]({folder.name}/ddpm/{arm}.png)" for arm, runs in found.items() if 0 in runs]
 
 
 def table(arms: dict[str, Summary]) -> list[str]:

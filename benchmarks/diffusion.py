@@ -38,16 +38,7 @@ TITLES = {
     "dense": "dense",
     "step": "bar 0.8 per step (the default)",
     "equal": "dense at the compute of bar 0.8",
-    "tail": "bar 0.8 per step, last quarter dense",
 }
-
-
-def policy_of(arm: str, steps: int) -> Policy | None:
-    """The arm's policy; its clock is manual."""
-    if arm in ("dense", "equal"):
-        return None
-    tail = {"total": steps, "cooldown": steps // 4} if arm == "tail" else {}
-    return Policy(schedule={"kind": "bar", "period": 2, **tail})
 
 
 def step_flops(images: Tensor, width: int, batch: int) -> dict[str, tuple[int, int]]:
@@ -118,7 +109,6 @@ def distance(samples: Tensor, images: Tensor, data: str) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(Features(classifier(data)), normalize=True, input_img_size=tuple(images.shape[1:]))
-    metric.used_custom_model = True
     metric.update(images, real=True)
     metric.update(samples, real=False)
     return float(metric.compute())
@@ -132,7 +122,7 @@ def run(arm: str, seed: int, chosen: argparse.Namespace, images: Images, grid: P
     if arm == "equal":
         epochs = round(epochs * (flops["dense"][1] + flops["sparse"][1]) / 2 / flops["dense"][1])
     steps = epochs * per_epoch
-    policy = policy_of(arm, steps)
+    policy = Policy(schedule={"kind": "bar", "period": 2}) if arm == "step" else None
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--data", chosen.data, "--epochs", str(epochs), "--seed", str(seed), "--out", folder]
         arguments += ["--batch", str(chosen.batch), "--width", str(chosen.width), "--policy", "dense"]
@@ -168,7 +158,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--arms", default=",".join(TITLES))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "ddpm")

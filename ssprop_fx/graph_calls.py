@@ -161,9 +161,9 @@ def _asked_flops(record: GraphRecord) -> int:
 
     calls = [_captured_call(d.convolution) for d in record.decisions if d.convolution.spec.dim]
     for node in record.captured.graph.find_nodes(op="call_function", target=conv):
-        input, weight, output = map(example_value, (*node.args[:2], node))
-        if weight.dim() > 2:
-            calls.append(Call.of(input, weight, output, ConvArgs(*node.args[3:9])))
+        values = [example_value(a) for a in (*node.args[:2], node)]
+        if all(isinstance(value, Tensor) for value in values) and values[1].dim() > 2:
+            calls.append(Call.of(values[0], values[1], values[2], ConvArgs(*node.args[3:9])))
     return sum(call.forward_flops() for call in calls if call is not None)
 
 
