@@ -4,12 +4,16 @@ Each takes a graph (or the list that an earlier one made) and gives one back; ea
 """
 
 from .assign_policy import Decision, assign_policy
+from .channels_last_scatter import ChannelsLastScatter
+from .channels_last_sums import ChannelsLastSums
 from .find_convolutions import Convolution, find_convolutions
 from .lower_backward import LowerBackward, lowering_demands
 from .sparsify import Sparsify
 from .verify import verify
 
 __all__ = [
+    "ChannelsLastScatter",
+    "ChannelsLastSums",
     "Convolution",
     "Decision",
     "LowerBackward",

@@ -19,7 +19,7 @@ from . import gather, ops
 from ._compat import fake_mode_of, lowering_context
 from .allocation import allocation_for, observers
 from .logs import backward_lowered
-from .passes import LowerBackward, lowering_demands
+from .passes import ChannelsLastScatter, ChannelsLastSums, LowerBackward, lowering_demands
 from .passes.lower_backward import backward_nodes
 from .profit import Timing, settle
 
@@ -90,6 +90,9 @@ class PhaseDispatcher:
             tagged = config.patch(cache_key_tag=f"{config.cache_key_tag} {_operators_digest()}")
             with lowering_context(self.fake_mode), tagged:
                 LowerBackward(counts, self.decompositions)(lowered)
+                if self.decompositions:  # for Inductor
+                    ChannelsLastScatter()(lowered)
+                    ChannelsLastSums()(lowered)
                 self.record.lowered[key] = copy_graph(lowered)
                 self.by_count[key] = self.compiler(lowered, self.example_inputs)
             seconds = self.record.seconds[f"backward {factors}"] = time.perf_counter() - start

@@ -194,6 +194,16 @@ def test_changing_batch_sizes(inner):
     assert len(records_of(model)) <= 3  # static, dynamic batch, dynamic height
 
 
+def test_changing_sizes_of_a_strided_pointwise_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 1, stride=2), nn.Conv2d(16, 8, 1)).to(memory_format=torch.channels_last)
+    chosen = policy(drop_rate=0.75)
+    run, transformed = ours(model, chosen), ssprop_fx.transform(model, chosen)
+    for batch, size in ((2, 9), (3, 9), (5, 12), (16, 33), (4, 65)):
+        x = torch.randn(batch, 4, size, size + 1).to(memory_format=torch.channels_last)
+        assert_same(gradients(run, x), gradients(transformed, x), 1e-4)
+
+
 def test_two_policies_compile_one_model_apart():
     model, x = model_and_input("2d")
     first, second = policy(), policy(drop_rate=0.75)

@@ -1,0 +1,131 @@
+"""The passes that keep a backward graph in channels-last memory: the same values, where the data lies."""
+
+import pytest
+import torch
+import torch._inductor.lowering  # some decompositions ask it, and do not import it
+import torch.nn.functional as F
+from ssprop_fx.passes import ChannelsLastScatter, ChannelsLastSums
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ssprop_fx._compat import inductor_decompositions
+
+aten = torch.ops.aten
+
+
+def channels_last(*shape, dtype=torch.float32):
+    torch.manual_seed(len(shape))
+    return torch.randn(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+
+
+def traced(function, *inputs):
+    return make_fx(function, dict(inductor_decompositions()), tracing_mode="fake")(*inputs)
+
+
+def calls(graph_module, target):
+    return graph_module.graph.find_nodes(op="call_function", target=target)
+
+
+def pool_gradient(kernel, stride, padding, then=torch.relu):
+    """A function of (input, gradient) whose graph ends in what Inductor makes of a max-pool's backward."""
+
+    def gradient(x, grad):
+        _, indices = aten.max_pool2d_with_indices(x, kernel, stride, padding)
+        return then(aten.max_pool2d_with_indices_backward(grad, x, kernel, stride, padding, [1, 1], False, indices) * x)
+
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [([3, 3], [2, 2], [1, 1]), ([2, 2], [2, 2], [0, 0]), ([3, 2], [1, 2], [1, 0])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_max_pool_scatters_where_the_data_lies(kernel, stride, padding, dtype):
+    x = channels_last(2, 6, 9, 10, dtype=dtype)
+    grad = channels_last(*F.max_pool2d(x, kernel, stride, padding).shape, dtype=dtype)
+    graph = traced(pool_gradient(kernel, stride, padding), x, grad)
+    expected = graph(x, grad)
+    (before,) = calls(graph, aten.scatter_add.default)
+    assert before.meta["val"].shape == (12, 90)  # planes
+    before.meta["stack_trace"] = "the user's line"
+    assert ChannelsLastScatter()(graph).modified
+    (after,) = calls(graph, aten.scatter_add.default)
+    assert after.meta["val"].shape == (2, 90, 6)
+    got = graph(x, grad)
+    assert torch.equal(got, expected)
+    assert got.stride() == expected.stride()
+    assert after.meta["stack_trace"] == "the user's line"
+    assert not ChannelsLastScatter()(graph).modified
+
+
+def test_planes_that_are_read_as_planes_stay():
+    x, grad = channels_last(2, 6, 8, 8), channels_last(2, 6, 4, 4)
+    contiguous = traced(pool_gradient([2, 2], [2, 2], [0, 0]), x.contiguous(), grad.contiguous())
+    viewed = traced(pool_gradient([2, 2], [2, 2], [0, 0], lambda g: g.contiguous().view(2, -1)), x, grad)
+
+    def scatter(places, values):
+        return torch.zeros(12, 64).scatter_add(1, places, values)
+
+    other = traced(scatter, torch.zeros(12, 16, dtype=torch.int64), torch.ones(12, 16))
+    for graph, inputs in (
+        (contiguous, (x.contiguous(), grad.contiguous())),
+        (other, (torch.zeros(12, 16).long(), torch.ones(12, 16))),
+    ):
+        code, expected = graph.code, graph(*inputs)
+        assert not ChannelsLastScatter()(graph).modified
+        assert graph.code == code
+        assert torch.equal(graph(*inputs), expected)
+    expected = viewed(x, grad)
+    ChannelsLastScatter()(viewed)
+    assert torch.equal(viewed(x, grad), expected)
+
+
+COLUMNS = {
+    "channels last": (lambda: channels_last(4, 24, 32, 32), [0, 2, 3]),
+    "negative dimensions": (lambda: channels_last(4, 24, 32, 32), [-1, 0, -2]),
+    "3d": (lambda: channels_last(2, 16, 8, 16, 16), [0, 2, 3, 4]),
+    "1d": (lambda: channels_last(2, 16, 4096), [0, 2]),
+    "rows of a linear layer": (lambda: torch.randn(4, 1024, 32), [0, 1]),
+    "a matrix": (lambda: torch.randn(4096, 32), [0]),
+    "odd positions": (lambda: channels_last(8, 64, 13, 13), [0, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_sums_of_columns_go_in_two_stages(name, dtype, keepdim):
+    make, dims = COLUMNS[name]
+    x = make()
+    graph = traced(lambda x: aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype), x)
+    expected = graph(x)
+    assert ChannelsLastSums()(graph).modified
+    first, second = calls(graph, aten.sum.dim_IntList)
+    rows = first.args[0].meta["val"].shape[1]
+    assert rows in (8, 16, 32, 64)
+    assert second.args[0] is first
+    got = graph(x)
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    exact = x.double().sum(dims, keepdim).to(got.dtype)
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-3 if dtype is None else 1e-9)
+    assert not ChannelsLastSums()(graph).modified
+
+
+@pytest.mark.parametrize(
+    ("x", "dims"),
+    [
+        (lambda: torch.randn(4, 24, 32, 32), [0, 2, 3]),  # contiguous: channels are not innermost
+        (lambda: channels_last(4, 24, 32, 32), [2, 3]),  # per image
+        (lambda: channels_last(4, 24, 32, 32), [1]),
+        (lambda: channels_last(4, 24, 32, 32), [0, 1, 2, 3]),
+        (lambda: channels_last(2, 8, 8, 8), [0, 2, 3]),  # small
+        (lambda: channels_last(1, 512, 37, 37), [0, 2, 3]),  # 37 · 37 rows cannot be divided
+        (lambda: channels_last(4, 24, 64, 32)[:, :, ::2], [0, 2, 3]),  # with gaps
+        (lambda: torch.randn(2**18), [0]),
+    ],
+)
+def test_other_sums_stay(x, dims):
+    x = x()
+    graph = traced(lambda x: x.sum(dims), x)
+    code = graph.code
+    assert not ChannelsLastSums()(graph).modified
+    assert graph.code == code
