@@ -85,6 +85,10 @@ class Allocation:
             return keep_count(drop_rate * factor, channels, round_to or 1)
         return count
 
+    def stays_dense(self, layer: str, factor: float) -> bool:
+        """Whether the layer was found to be slower sparse, at the schedule's ``factor``; False before that is settled."""
+        return self.measures and layer in self.losses.get(factor, ())
+
     def forget(self) -> None:
         """Settle all counts anew."""
         self.demands.clear()

@@ -89,7 +89,8 @@ def convolve(
     if torch.compiler.is_compiling():
         return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
-    if factor * site.settings.drop_rate <= 0.0 or not _wants_gradient(input, weight, bias):
+    dense = factor * site.settings.drop_rate <= 0.0 or (site.allocation.stays_dense(site.layer, factor) and not observers)
+    if dense or not _wants_gradient(input, weight, bias):
         if not site.known or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
         return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)

@@ -100,6 +100,24 @@ def test_each_phase_is_judged_and_a_step_asks_only_once(timings):
     assert len(timings) == 3 + 2  # and the layers that are left once more, since leaving one out may move their counts
 
 
+def test_a_layer_found_to_stay_dense_is_called_as_in_the_original(timings):
+    """In eager mode, from the step after the one that settled it for the phase."""
+    policy = Policy(
+        drop_rate=0.5, profitable="auto", schedule={"kind": "bar", "period": 2, "start": 0.5, "end": 1.0, "clock": "manual"}
+    )
+    model, x = ssprop_fx.transform(Net(), policy), torch.randn(2, 3, 8, 8)
+    seen = []
+    model.point.register_forward_hook(lambda module, args, output: seen.append(type(output.grad_fn).__name__))
+    for _ in range(4):
+        model.zero_grad()
+        kept = sparse_gradients(model, x)
+        assert kept["point.weight"] == 16
+        assert kept["wide.weight"] < 32
+        policy.step()
+    assert seen == ["_ConvolutionBackward"] * 2 + ["ConvolutionBackward0"] * 2
+    assert ssprop_fx.inspect(model, x).coverage == 1.0
+
+
 def test_what_does_not_pay_has_no_part_in_the_rounding_budget(timings):
     demands = [call(256).demand("a", 0.8), call(256, weight=(256, 4, 1, 1)).demand("b", 0.8)]
     counts, losses = settle(demands, measured=True)
