@@ -111,14 +111,21 @@ class _MaskGradient(torch.autograd.Function):
 
 def masked(model: nn.Module, policy: Policy) -> nn.Module:
     """The naive way: the gradient of every convolution module's output is multiplied by a mask, the dense backward runs."""
-
-    def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return _MaskGradient.apply(output, keep_count(policy.drop_rate, output.shape[1]))
-
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            module.register_forward_hook(hook)
+        if isinstance(module, kinds):
+            convolution: Any = module
+            keep = keep_count(policy.drop_rate, convolution.out_channels)
+            # another class, not a hook: the compiler reuses code of the model without, whatever hooks there are
+            convolution.__class__ = _masked_class(type(module), keep)
     return model
+
+
+def _masked_class(kind: type[nn.Module], keep: int) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return _MaskGradient.apply(kind.forward(self, *args, **kwargs), keep)
+
+    return type(f"Masked{kind.__name__}", (kind,), {"forward": forward})
 
 
 def freeze(model: nn.Module, loss: Callable[[], Tensor], policy: Policy) -> float:

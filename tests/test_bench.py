@@ -100,6 +100,16 @@ def test_the_masked_arm_computes_what_a_sparse_backward_does():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_the_masked_arm_is_compiled_anew_where_the_dense_one_was_before():
+    x = torch.randn(2, 3, 8, 8)
+    torch._dynamo.reset()
+    torch.compile(net(), backend="aot_eager")(x).square().mean().backward()
+    masked = arms.masked(net(), Policy(drop_rate=0.75))
+    torch.compile(masked, backend="aot_eager")(x).square().mean().backward()
+    kept = [(p.grad.flatten(1) != 0).any(1).sum().item() for p in masked.parameters() if p.dim() > 1]
+    assert kept == [max(len(p) // 4, 1) for p in masked.parameters() if p.dim() > 1]
+
+
 def test_an_unknown_arm_is_named():
     with pytest.raises(SSPropError, match=r"'transfrom' is no arm.*nearest: transform"):
         bench.bench(net(), X, arms=["transfrom"])
