@@ -24,9 +24,12 @@ def backward_nodes(graph_module: GraphModule) -> list[Node]:
 
 
 def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
-    """What each ``ssprop.conv_backward`` asks for, keyed by node; the layer names are the nodes' (calls, not layers)."""
+    """What each ``ssprop.conv_backward`` asks for, keyed by node; the layer names are the nodes' (calls, not layers).
+
+    In the order of the forward, as layers announce themselves in eager mode: among equal layers the rounding plan goes by it.
+    """
     demands = {}
-    for node in backward_nodes(graph_module):
+    for node in reversed(backward_nodes(graph_module)):
         grad, input, weight = (_value(a) for a in node.args[:3])
         args = ConvArgs(*node.args[4:10])
         _, drop_rate, criterion, round_to, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]

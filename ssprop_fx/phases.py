@@ -108,7 +108,7 @@ class PhaseDispatcher:
             handle = self.settings[node][-1]
             demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
         counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
-        return counts
+        return {node.name: counts[node.name] for node in self.settings}
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The compiled front end: one forward, one backward per phase, names as users know them, caches that never serve stale code."""
 
+import copy
 import json
 import os
 import subprocess
@@ -272,3 +273,20 @@ def test_inductor_compiles_one_forward_and_two_backwards(name, options):
     with torch.no_grad():
         model.eval()
         assert torch.equal(run(images), plain(images))
+
+
+def test_equal_layers_are_rounded_alike_in_both_front_ends():
+    """Which of them gets more channels is for the order to say, and it is that of the forward in both."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(96, 96, 3, padding=1) for _ in range(5)))
+    policy = {"drop_rate": 0.8, "schedule": {"kind": "constant"}}
+    eager = ssprop_fx.transform(copy.deepcopy(net), policy)
+    torch._dynamo.reset()
+    run = torch.compile(net, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    images = torch.randn(1, 96, 6, 6)
+    kept = []
+    for model, step in ((eager, eager), (net, run)):
+        step(images).square().sum().backward()
+        kept.append([int((p.grad.flatten(1) != 0).any(1).sum()) for p in model.parameters() if p.dim() == 4])
+    assert kept[0] == kept[1]
+    assert len(set(kept[0])) > 1
