@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
 
 from ssprop_fx._compat import fake_mode_of
+
+
+def rewrite_calls(graph_module: GraphModule, target: Any, rewrite: Callable[[Node], bool]) -> PassResult:
+    """Offer every call of ``target`` to ``rewrite``, which says whether it replaced it."""
+    changed = [rewrite(node) for node in graph_module.graph.find_nodes(op="call_function", target=target)]
+    if any(changed):
+        graph_module.graph.eliminate_dead_code()
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return PassResult(graph_module, any(changed))
 
 
 def call_in_place_of(replaced: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -23,3 +35,10 @@ def call_in_place_of(replaced: Node, target: Any, *args: Any, **kwargs: Any) -> 
 def has_static_shape(tensor: torch.Tensor) -> bool:
     """Whether every size is a number."""
     return all(isinstance(size, int) for size in tensor.shape)
+
+
+def converted(replaced: Node, value: Node, dtype: torch.dtype) -> Node:
+    """The value in another type; itself if it is of that type."""
+    if value.meta["val"].dtype == dtype:
+        return value
+    return call_in_place_of(replaced, torch.ops.prims.convert_element_type.default, value, dtype)

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx.gather import channels_last
 
-from ._graphs import call_in_place_of, has_static_shape
+from ._graphs import call_in_place_of, converted, has_static_shape, rewrite_calls
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
@@ -29,13 +29,7 @@ class ChannelsLastScatter(PassBase):
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        scatters = graph_module.graph.find_nodes(op="call_function", target=_aten.scatter_add.default)
-        changed = [_rewrite(node) for node in scatters]
-        if any(changed):
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            graph_module.recompile()
-        return PassResult(graph_module, any(changed))
+        return rewrite_calls(graph_module, _aten.scatter_add.default, _rewrite)
 
 
 def _rewrite(node: Node) -> bool:
@@ -54,13 +48,13 @@ def _rewrite(node: Node) -> bool:
             for tensor in (call_in_place_of(node, _aten.permute.default, tensor, last) for tensor in (places, values))
         )
         start = call_in_place_of(node, _aten.full.default, [n, zeros.args[0][1], c], 0, **zeros.kwargs)
-        value = _converted(node, value, source.meta["val"].dtype)
+        value = converted(node, value, source.meta["val"].dtype)
         total = call_in_place_of(node, _aten.scatter_add.default, start, 1, place, value)
         for copy in copies:
             sizes = copy.meta["val"].shape[2:]
             apart = call_in_place_of(node, _aten.view.default, total, [n, *sizes, c])
             apart = call_in_place_of(node, _aten.permute.default, apart, [0, len(sizes) + 1, *range(1, len(sizes) + 1)])
-            copy.replace_all_uses_with(_converted(node, apart, copy.meta["val"].dtype))
+            copy.replace_all_uses_with(converted(node, apart, copy.meta["val"].dtype))
     return True
 
 
@@ -93,12 +87,6 @@ def _channels_last_copies(view: Node) -> Iterator[Node | None]:
 
 def _before_conversion(node: Any) -> Any:
     return node.args[0] if isinstance(node, Node) and _is_conversion(node) else node
-
-
-def _converted(node: Node, value: Node, dtype: torch.dtype) -> Node:
-    if value.meta["val"].dtype == dtype:
-        return value
-    return call_in_place_of(node, torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 def _is_conversion(node: Node) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ._graphs import call_in_place_of, has_static_shape
+from ._graphs import call_in_place_of, converted, has_static_shape, rewrite_calls
 
 _aten = torch.ops.aten
 _LEAST = 1 << 16  # elements; smaller sums take no time
@@ -28,18 +27,12 @@ class ChannelsLastSums(PassBase):
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        sums = graph_module.graph.find_nodes(op="call_function", target=_aten.sum.dim_IntList)
-        changed = [_rewrite(node) for node in sums]
-        if any(changed):
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            graph_module.recompile()
-        return PassResult(graph_module, any(changed))
+        return rewrite_calls(graph_module, _aten.sum.dim_IntList, _rewrite)
 
 
 def _rewrite(node: Node) -> bool:
     source: Any = node.args[0]
-    tensor = source.meta["val"]
+    tensor, result = source.meta["val"], node.meta["val"]
     if tensor.device.type != "cpu" or tensor.dim() < 2 or not has_static_shape(tensor) or tensor.numel() < _LEAST:
         return False
     order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
@@ -47,14 +40,16 @@ def _rewrite(node: Node) -> bool:
     if reduced != set(order[:-1]) or not tensor.permute(order).is_contiguous():
         return False
     channels = tensor.shape[order[-1]]
-    positions = math.prod(tensor.shape) // channels
+    positions = tensor.numel() // channels
     rows = next((r for r in _ROWS if positions % r == 0), None)
     if rows is None or channels < 8:
         return False
     with node.graph.inserting_before(node):
         matrix = call_in_place_of(node, _aten.permute.default, source, order)
         matrix = call_in_place_of(node, _aten.view.default, matrix, [positions // rows, rows, channels])
-        total = call_in_place_of(node, _aten.sum.dim_IntList, matrix, [1], **node.kwargs)
-        total = call_in_place_of(node, _aten.sum.dim_IntList, total, [0])
-        node.replace_all_uses_with(call_in_place_of(node, _aten.view.default, total, list(node.meta["val"].shape)))
+        # the sums of the first stage must not be rounded to half precision
+        between = torch.float32 if result.dtype in (torch.bfloat16, torch.float16) else result.dtype
+        total = call_in_place_of(node, _aten.sum.dim_IntList, matrix, [1], dtype=between)
+        total = converted(node, call_in_place_of(node, _aten.sum.dim_IntList, total, [0]), result.dtype)
+        node.replace_all_uses_with(call_in_place_of(node, _aten.view.default, total, list(result.shape)))
     return True

@@ -87,7 +87,7 @@ class Allocation:
 
     def stays_dense(self, layer: str, factor: float) -> bool:
         """Whether the layer was found to be slower sparse, at the schedule's ``factor``; False before that is settled."""
-        return self.measures and layer in self.losses.get(factor, ())
+        return layer in self.losses.get(factor, ())
 
     def forget(self) -> None:
         """Settle all counts anew."""

@@ -163,8 +163,9 @@ def _product_of_columns(a: Tensor, b: Tensor) -> Tensor:
     The library divides the result among threads, not the sum; of a result as small as this each would read all of ``b``.
     """
     m, k = a.shape
-    # a number of rows that is a symbol must not be asked: the answer would be that of one size
-    parts = min(_PARTS, m // _LEAST_ROWS) if isinstance(m, int) and a.device.type == "cpu" and k <= _MOST_COLUMNS else 1
+    # half precision would round every part; a number of rows that is a symbol must not be asked, or is that of one size
+    divides = a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64) and isinstance(m, int) and k <= _MOST_COLUMNS
+    parts = min(_PARTS, m // _LEAST_ROWS) if divides else 1
     if parts < 2 or m % parts:
         return a.t() @ b
     return torch.bmm(a.reshape(parts, -1, k).transpose(1, 2), b.reshape(parts, -1, b.shape[1])).sum(0)

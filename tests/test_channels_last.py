@@ -8,6 +8,7 @@ from ssprop_fx.passes import ChannelsLastScatter, ChannelsLastSums
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ssprop_fx._compat import inductor_decompositions
+from ssprop_fx.backward import _product_of_columns
 
 aten = torch.ops.aten
 
@@ -108,6 +109,30 @@ def test_sums_of_columns_go_in_two_stages(name, dtype, keepdim):
     exact = x.double().sum(dims, keepdim).to(got.dtype)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-3 if dtype is None else 1e-9)
     assert not ChannelsLastSums()(graph).modified
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [1024, 7680, 8200, 1000])
+def test_a_long_product_of_columns_is_the_product(positions, dtype):
+    torch.manual_seed(0)
+    a, b = (torch.randint(-1, 2, (positions, n)).to(dtype) for n in (12, 20))
+    b[:, 0] = a[:, 0] = 1
+    b[::512, 0] += 6  # each of 15 parts sums to 518, which bfloat16 rounds to 520; the whole, 7770, is 7776
+    exact = (a.double().t() @ b.double()).to(dtype)
+    assert torch.equal(_product_of_columns(a, b), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_half_precision_are_rounded_once(dtype):
+    # 16 of these sum to 16 and a little, which half precision would round away every time
+    little = 7 * 2.0**-7 if dtype == torch.bfloat16 else 7 * 2.0**-10
+    x = torch.ones(8, 16, 30, 32, dtype=dtype).to(memory_format=torch.channels_last)
+    x[..., ::16] += little
+    graph = traced(lambda x: x.sum([0, 2, 3]), x)
+    assert ChannelsLastSums()(graph).modified
+    got = graph(x)
+    assert torch.equal(got, x.double().sum([0, 2, 3]).to(dtype))
+    assert not torch.equal(got, torch.full_like(got, 8 * 30 * 32))
 
 
 @pytest.mark.parametrize(
