@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch._C._functorch import maybe_current_level as _maybe_current_level
@@ -77,6 +78,114 @@ def autograd_cache_off() -> Iterator[None]:
 
     with config.patch(enable_autograd_cache=False):
         yield
+
+
+@contextlib.contextmanager
+def autograd_cache(stores: bool) -> Iterator[None]:
+    """AOTAutograd's cache, if the user has it on, keeping the objects that the compilers returned.
+
+    They are kept when the forward has been compiled, so the backward's compiler, too, is called then. What the forward
+    saves is not given away to the backward's code for its own results: that is settled at the first backward pass, and would
+    hold for the later ones.
+
+    Args:
+        stores: False leaves the cache off.
+    """
+    import torch._dynamo.config as dynamo_config
+    import torch._functorch.config as config
+
+    wanted = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True, "donated_buffer": False}
+    if not stores or dynamo_config.caching_precompile or not all(hasattr(config, name) for name in wanted):
+        wanted = {"enable_autograd_cache": False}
+    with config.patch(wanted):
+        yield
+
+
+@contextlib.contextmanager
+def inductor_cache() -> Iterator[None]:
+    """Inductor's own cache, inside :func:`autograd_cache`, which leaves it out."""
+    import torch._functorch.config as config
+
+    with config.patch({name: False for name in ("bundled_autograd_cache",) if hasattr(config, name)}):
+        yield
+
+
+def output_code() -> type:
+    """The base class of what AOTAutograd's cache can keep."""
+    from torch._inductor.output_code import OutputCode
+
+    return OutputCode
+
+
+def refuse_to_store(reason: str) -> NoReturn:
+    """Have AOTAutograd's cache not keep what it is about to.
+
+    Raises:
+        BypassAOTAutogradCache: which that cache expects.
+    """
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+
+    raise BypassAOTAutogradCache(reason)
+
+
+def code_key(compiled: Any) -> tuple[str, str | None]:
+    """Under which key, and for which guards, Inductor's cache holds compiled code.
+
+    Raises:
+        BypassAOTAutogradCache: it does not.
+    """
+    key = getattr(compiled, "_fx_graph_cache_key", None)
+    if key is None:
+        refuse_to_store("Inductor's cache does not hold the compiled code")
+    return key, getattr(compiled, "guards_expr", None)
+
+
+def load_code(code: tuple[str, str | None], example_inputs: Sequence[Any], options: Mapping[str, Any], backward: bool) -> Any:
+    """Compiled code from Inductor's cache.
+
+    Args:
+        code: from :func:`code_key`.
+        example_inputs: of the graph, fake.
+        options: of the compile, as AOTAutograd's cache hands them to what it loads.
+
+    Raises:
+        FXGraphCacheMiss: it is not there any more.
+    """
+    from torch._functorch._aot_autograd.aot_autograd_result import CompiledBackward, CompiledForward
+
+    stored: Any = CompiledBackward((code[0], []), code[1], [], 0) if backward else CompiledForward((code[0], []), code[1])
+    return stored.post_compile(stored.load(example_inputs), {**options, "is_backward": backward})
+
+
+def pickle_graphs(graphs: Any) -> bytes:
+    """Graph modules, fake tensors and what holds them, as bytes."""
+    from torch.fx._graph_pickler import GraphPickler, Options
+
+    return GraphPickler.dumps(graphs, Options(ops_filter=None))
+
+
+def unpickle_graphs(data: bytes, fake_mode: Any) -> Any:
+    """The inverse of :func:`pickle_graphs`; fake tensors are of ``fake_mode``."""
+    from torch.fx._graph_pickler import GraphPickler
+
+    return GraphPickler.loads(data, fake_mode)
+
+
+def inductor_folder() -> Path:
+    """Where Inductor keeps its cache."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+@contextlib.contextmanager
+def inductor_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Inductor's settings with ``settings`` among them, for the time being; gives all that decides what it makes, as a text."""
+    import torch._inductor.config as config
+
+    with config.patch(dict(settings)):
+        flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.get_num_threads()
+        yield f"{sorted(config.save_config_portable(ignore_private_configs=False).items())} {flags}"
 
 
 def compile_fx(*args: Any, **kwargs: Any) -> Any:

@@ -23,10 +23,12 @@ from torch.fx import GraphModule
 from . import ops
 from ._compat import (
     aot_autograd,
+    autograd_cache,
     autograd_cache_off,
     compile_fx,
     compile_fx_inner,
     current_compile_id,
+    inductor_cache,
     inductor_decompositions,
     inductor_mode_options,
     make_boxed,
@@ -45,7 +47,7 @@ from .passes import (
 )
 from .passes.lower_backward import backward_nodes
 from .passes.verify import rewritten_layers
-from .phases import PhaseDispatcher, copy_graph
+from .phases import LazyGraphs, PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy, Settings
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
 from .transform import as_policy, assign_checked, transformation_of
@@ -62,8 +64,7 @@ class GraphRecord:
         rewritten: after the passes.
         decisions: one per convolution, in the graph's order.
         roots: the models that the graph's modules belong to.
-        forward: the forward graph that the compiler behind got; None before it did.
-        backward: the backward graph with its ``ssprop.conv_backward`` nodes.
+        graphs: ``forward`` and ``backward``, once the compiler behind got them; see the properties of these names.
         lowered: kept counts by node of a phase → the backward graph as lowered for it.
         compile_id: Dynamo's, ``0/1``.
         index: number of the graph among those of its policy.
@@ -78,9 +79,8 @@ class GraphRecord:
     decisions: list[Decision]
     roots: list[weakref.ref]
     shared: SharedCode
-    forward: GraphModule | None = None
-    backward: GraphModule | None = None
-    lowered: dict[tuple[int, ...], GraphModule] = field(default_factory=dict)
+    graphs: LazyGraphs = field(default_factory=LazyGraphs)
+    lowered: LazyGraphs = field(default_factory=LazyGraphs)
     phases: dict[tuple[float, ...], tuple[int, ...]] = field(default_factory=dict)
     forward_compiles: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,6 +88,16 @@ class GraphRecord:
     compile_id: Any = None
     index: int = 0
     number: int = field(default_factory=itertools.count().__next__)
+
+    @property
+    def forward(self) -> GraphModule | None:
+        """The forward graph that the compiler behind got; None before it did."""
+        return self.graphs.get("forward")
+
+    @property
+    def backward(self) -> GraphModule | None:
+        """The backward graph, with its ``ssprop.conv_backward`` nodes; None before the first backward pass."""
+        return self.graphs.get("backward")
 
     def kept_now(self) -> dict[str, int]:
         """Channels that the next backward pass keeps, by layer; empty before the backward graph is there."""
@@ -115,10 +125,7 @@ class GraphRecord:
     def stages(self) -> dict[str, GraphModule]:
         """The graphs by stage, in the order in which they were made."""
         found = {"captured": self.captured, "rewritten": self.rewritten}
-        if self.forward is not None:
-            found["forward"] = self.forward
-        if self.backward is not None:
-            found["backward"] = self.backward
+        found |= {name: self.graphs[name] for name in ("forward", "backward") if name in self.graphs}
         # phases of equal counts share a graph
         phases = {", ".join(f"{f:g}" for f in factors): counts for factors, counts in self.phases.items()}
         return found | {f"backward, factor {name}": self.lowered[c] for name, c in phases.items() if c in self.lowered}
@@ -209,23 +216,27 @@ def _compile(
 ) -> Callable[..., Any]:
     if inner == "eager":
         return rewritten
-    bw_compiler = functools.partial(PhaseDispatcher, record)
     if inner == "aot_eager":
         if settings or mode:
             raise SSPropError(f"{', '.join(settings) or 'mode'}: options of Inductor, which inner='aot_eager' leaves out")
+        dispatcher = functools.partial(PhaseDispatcher, record, compiler=_compile_eager, decompositions={})
         with autograd_cache_off():
             return aot_autograd(
                 fw_compiler=functools.partial(_forward_eager, record),
-                bw_compiler=functools.partial(bw_compiler, compiler=_compile_eager, decompositions={}),
+                bw_compiler=dispatcher,
                 decompositions={ops.conv: _dense_convolution},
             )(rewritten, example_inputs)
+    from . import warm  # imports Inductor
+
     if mode is not None and mode != "default":
         settings = inductor_mode_options(mode) | settings
-    with autograd_cache_off():
+    sizes_known = not any(isinstance(value, torch.SymInt) for value in example_inputs)
+    stores = bool(record.decisions or rewritten_layers(rewritten)) and sizes_known
+    with autograd_cache(stores), tagged_caches(), warm.compiling(record, settings):
         return compile_fx(
             rewritten,
             example_inputs,
-            inner_compile=functools.partial(_inner_compile, record, bw_compiler),
+            inner_compile=functools.partial(_inner_compile, record, settings),
             config_patches=settings or None,
             decompositions={**inductor_decompositions(), ops.conv: _dense_convolution},
         )
@@ -316,7 +327,8 @@ def _dense_convolution(input, weight, bias, *rest):
 
 
 def _forward_eager(record: GraphRecord, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
-    record.forward, record.forward_compiles = graph_module, record.forward_compiles + 1
+    record.graphs.put("forward", lambda: graph_module)
+    record.forward_compiles += 1
     return make_boxed(graph_module.forward)
 
 
@@ -326,26 +338,25 @@ def _compile_eager(graph_module: GraphModule, example_inputs: Sequence[Any]) -> 
 
 def _inner_compile(
     record: GraphRecord,
-    bw_compiler: Callable[..., Any],
+    settings: Mapping[str, Any],
     graph_module: GraphModule,
     example_inputs: Sequence[Any],
     **kwargs: Any,
 ) -> Any:
-    if not kwargs.get("is_backward"):
-        start = time.perf_counter()
-        record.forward, record.forward_compiles = copy_graph(graph_module), record.forward_compiles + 1
+    from .warm import StoredForward, StoredPhases
+
+    backward = bool(kwargs.get("is_backward"))
+    if backward and backward_nodes(graph_module):
+        return StoredPhases(record, graph_module, example_inputs, kwargs, settings)
+    name, graph = "backward" if backward else "forward", copy_graph(graph_module)
+    start = time.perf_counter()
+    with inductor_cache(), untagged_caches():  # there is nothing of ours in the graph, and plain Inductor's code serves
         compiled = compile_fx_inner(graph_module, example_inputs, **kwargs)
+    record.graphs.put(name, lambda: graph)
+    if not backward:
+        record.forward_compiles += 1
         record.seconds["forward"] = time.perf_counter() - start
-        return compiled
-    if not backward_nodes(graph_module):
-        record.backward = copy_graph(graph_module)
-        return compile_fx_inner(graph_module, example_inputs, **kwargs)
-    return bw_compiler(
-        graph_module,
-        example_inputs,
-        compiler=functools.partial(compile_fx_inner, **kwargs),
-        decompositions=inductor_decompositions(),
-    )
+    return StoredForward(record, name, compiled)
 
 
 __all__ = ["CompiledState", "GraphRecord", "PhaseDispatcher", "records_of", "rewrite", "ssprop", "state_of"]

@@ -15,10 +15,8 @@ from torch import Tensor
 from .convolutions import ConvArgs
 from .gather import channels_last, spread, take
 from .masking import is_masked, masked
+from .products import product_of_columns
 from .selection import choices, importance, kept_channels
-
-# A sum over positions goes in parts where it is long and its result small: 0.55 to 0.9 of the time on two cores.
-_PARTS, _LEAST_ROWS, _MOST_COLUMNS = 16, 512, 128
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -90,8 +88,11 @@ def sparse_backward(
     kept_input = input if rows is None else take(input, 1, rows, compiling)
     kept_weight = _take_weight(weight, index, rows, args, compiling)
     kept_args = args._replace(groups=keep) if whole_groups else args
-    convolve = _pointwise_backward if _is_matrix_product(kept_input, kept_weight, kept_args) else dense_backward
-    gi, gw, _ = convolve(kept_grad, kept_input, kept_weight, kept_args, (mask[0], mask[1], False))
+    kept_mask = (mask[0], mask[1], False)
+    if _is_matrix_product(kept_input, kept_weight, kept_args):
+        gi, gw, _ = _pointwise_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask, compiling)
+    else:
+        gi, gw, _ = dense_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask)
 
     if mask[0]:
         assert gi is not None
@@ -134,7 +135,9 @@ def _overruns(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     return input.device.type == "cpu" and weight.shape[1] < 16 and any(s > 1 for s in args.stride)
 
 
-def _pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients:
+def _pointwise_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool
+) -> Gradients:
     """A 1×1 convolution's backward as two matrix products over (N · positions, channels).
 
     The library's convolution takes up to twice as long for the few channels that are kept: it reorders its operands
@@ -143,32 +146,17 @@ def _pointwise_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvA
     """
     last = (0, *range(2, grad.dim()), 1)
     first = (0, grad.dim() - 1, *range(1, grad.dim() - 1))
-    rows = grad.permute(last).reshape(-1, grad.shape[1])
-    matrix = weight.reshape(weight.shape[:2])
+    rows, matrix = grad.permute(last), weight.reshape(weight.shape[:2])
     gi = gw = None
     if mask[0] and any(s > 1 for s in args.stride) and not all(isinstance(size, int) for size in input.shape):
         gi = dense_backward(grad, input, weight, args, (True, False, False))[0]  # padding would fix a symbolic size
     elif mask[0]:
-        gi = (rows @ matrix).reshape(*(grad.shape[d] for d in last[:-1]), -1)
+        gi = (rows.reshape(-1, grad.shape[1]) @ matrix).reshape(*(grad.shape[d] for d in last[:-1]), -1)
         gi = _between_zeros(gi, args.stride, input.shape[2:]).permute(first)
     if mask[1]:
         seen = input[(slice(None), slice(None), *(slice(None, None, s) for s in args.stride))]
-        gw = _product_of_columns(rows, seen.permute(last).reshape(-1, input.shape[1])).reshape(weight.shape)
+        gw = product_of_columns(rows, seen.permute(last), compiling).reshape(weight.shape)
     return gi, gw, None
-
-
-def _product_of_columns(a: Tensor, b: Tensor) -> Tensor:
-    """(M, k), (M, C) → (k, C), the sum over the M rows taken in parts.
-
-    The library divides the result among threads, not the sum; of a result as small as this each would read all of ``b``.
-    """
-    m, k = a.shape
-    # half precision would round every part; a number of rows that is a symbol must not be asked, or is that of one size
-    divides = a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64) and isinstance(m, int) and k <= _MOST_COLUMNS
-    parts = min(_PARTS, m // _LEAST_ROWS) if divides else 1
-    if parts < 2 or m % parts:
-        return a.t() @ b
-    return torch.bmm(a.reshape(parts, -1, k).transpose(1, 2), b.reshape(parts, -1, b.shape[1])).sum(0)
 
 
 def _between_zeros(values: Tensor, stride: Sequence[int], sizes: Sequence[int]) -> Tensor:

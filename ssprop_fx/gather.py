@@ -1,7 +1,7 @@
 """Taking some channels of a tensor, and putting them back in their places among zeros.
 
-``ssprop::take`` and ``ssprop::places`` are the same for compiled graphs: to a compiler on the CPU every gather is a kernel of
-C++ to be compiled, for seconds, and it runs no faster than PyTorch's own.
+``ssprop::take``, ``ssprop::places`` and ``ssprop::put`` are the same for compiled graphs: to a compiler on the CPU each is a
+kernel of C++ to be compiled, for seconds, and it runs no faster than PyTorch's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ._compat import functorch_active
 _library = torch.library.Library("ssprop", "FRAGMENT")
 _library.define("take(Tensor tensor, int dim, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("places(Tensor index, SymInt channels) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("put(Tensor values, Tensor index, SymInt channels, int[] order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Tensor:
@@ -26,35 +27,39 @@ def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Te
         compiling: write what a fusing compiler runs best.
     """
     operator = compiling and tensor.device.type == "cpu" and not functorch_active()
-    select = torch.ops.ssprop.take if operator else _select
-    if tensor.dim() <= 2 or not channels_last(tensor):
-        return select(tensor, dim, index)
-    last = tensor.permute(0, *range(2, tensor.dim()), 1)
-    back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
-    if dim == 0:
-        return select(last, 0, index).permute(back)
-    return select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], -1).permute(back)
+    return (torch.ops.ssprop.take if operator else _take)(tensor, dim, index)
 
 
 def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: bool = False) -> Tensor:
     """The inverse of :func:`take`: a tensor of ``like``'s shape and layout with ``values`` at ``index``, else zero."""
     if not compiling:
         return torch.zeros_like(like, dtype=values.dtype).index_copy_(dim, index, values)
-    # Written as a gather, the result is one pass over its memory that a compiler can fuse: no zeros, no scatter. The
-    # axes are taken in the order of memory, or the compiler would make a contiguous tensor and copy it.
-    place = (_places if functorch_active() else torch.ops.ssprop.places)(index, like.shape[dim])
-    strides = like.stride()
+    # the axes are taken in the order of memory, or the compiler would make a contiguous tensor and copy it
+    strides, operators = like.stride(), not functorch_active()
     order = sorted(range(like.dim()), key=lambda d: (-strides[d], d))
+    if order[0] == dim and operators and values.device.type == "cpu":
+        return torch.ops.ssprop.put(values, index, like.shape[dim], order)
+    # as a gather it is one pass over its memory that a compiler can fuse: no zeros, no scatter
+    place = (torch.ops.ssprop.places if operators else _places)(index, like.shape[dim])
     axis = order.index(dim)
-    values = values.permute(order).index_select(axis, place.clamp(min=0))
     kept = (place >= 0).view([-1 if d == axis else 1 for d in range(like.dim())])
-    result = torch.where(kept, values, 0)
-    return result.permute([order.index(d) for d in range(like.dim())])
+    result = torch.where(kept, values.permute(order).index_select(axis, place.clamp(min=0)), 0)
+    return result.permute(_inverse(order))
 
 
 def channels_last(tensor: Tensor) -> bool:
     """Whether channels are the innermost dimension of dense memory, (N, *spatial, C)."""
     return tensor.shape[1] > 1 and tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+
+
+def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    if tensor.dim() <= 2 or not channels_last(tensor):
+        return _select(tensor, dim, index)
+    last = tensor.permute(0, *range(2, tensor.dim()), 1)
+    back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
+    if dim == 0:
+        return _select(last, 0, index).permute(back)
+    return _select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], -1).permute(back)
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -69,9 +74,26 @@ def _places(index: Tensor, channels: int) -> Tensor:
     return place.scatter(0, index, torch.arange(index.shape[0], device=index.device))
 
 
-for _name, _kernel in {"take": _select, "places": _places}.items():
+def _places_fake(index: Tensor, channels: int) -> Tensor:
+    return index.new_empty((channels,))
+
+
+def _put(values: Tensor, index: Tensor, channels: int, order: list[int]) -> Tensor:
+    """The values in their places along the outermost of the dimensions in ``order`` (of memory), among zeros."""
+    values = values.permute(order)
+    return values.new_zeros((channels, *values.shape[1:])).index_copy_(0, index, values).permute(_inverse(order))
+
+
+def _put_fake(values: Tensor, index: Tensor, channels: int, order: list[int]) -> Tensor:
+    return values.new_empty((channels, *(values.shape[d] for d in order[1:]))).permute(_inverse(order))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
+
+
+for _name, _kernel, _fake in (("take", _take, _take), ("places", _places, _places_fake), ("put", _put, _put_fake)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     # autograd sees the operations inside, and calls do not pass by its fallback, which takes as long as they do
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("ssprop::take", _select, lib=_library)
-torch.library.register_fake("ssprop::places", lambda index, channels: index.new_empty((channels,)), lib=_library)
+    torch.library.register_fake(f"ssprop::{_name}", _fake, lib=_library)

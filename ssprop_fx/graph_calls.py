@@ -40,11 +40,12 @@ def calls_of(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
 def _uses(record: GraphRecord) -> dict[str, list[Use]]:
     """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
     from .ops import BACKWARD_SETTINGS_AT
+    from .passes.lower_backward import backward_nodes
 
     found: dict[str, list[Use]] = {}
     dispatcher = record.dispatcher
     if dispatcher is not None:
-        for node in reversed(dispatcher.settings):
+        for node in reversed(backward_nodes(dispatcher.graph_module)):
             call = _call_of_backward(node, node.args[4:10], node.args[10])
             if call is not None:
                 found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(Use(call, dispatcher, node.name))

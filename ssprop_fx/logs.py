@@ -9,7 +9,7 @@ trace, which tlparse lays out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
@@ -30,15 +30,18 @@ def graph_rewritten(number: int, record: GraphRecord) -> None:
     """
     sparse = sum(d.sparse for d in record.decisions)
     logger.info("graph %d: %d of %d convolutions rewritten", number, sparse, len(record.decisions))
-    _graph(f"graph {number}, captured", record.captured, record)
-    _graph(f"graph {number}, rewritten", record.rewritten, record)
+    _graph(f"graph {number}, captured", lambda: record.captured, record)
+    _graph(f"graph {number}, rewritten", lambda: record.rewritten, record)
 
 
-def backward_lowered(number: int, record: GraphRecord, factors: Sequence[float], graph: GraphModule, seconds: float) -> None:
+def backward_lowered(
+    number: int, record: GraphRecord, factors: Sequence[float], graph: Callable[[], GraphModule], seconds: float
+) -> None:
     """Say that a backward graph was lowered and compiled for a phase.
 
     Args:
         factors: of the phase, one for each policy state in the graph.
+        graph: makes the lowered graph.
         seconds: that it took.
     """
     phase = ", ".join(f"{factor:g}" for factor in factors)
@@ -46,9 +49,9 @@ def backward_lowered(number: int, record: GraphRecord, factors: Sequence[float],
     _graph(f"graph {number}, backward, factor {phase}", graph, record)
 
 
-def _graph(title: str, graph: GraphModule, record: GraphRecord) -> None:
+def _graph(title: str, graph: Callable[[], GraphModule], record: GraphRecord) -> None:
     def code() -> str:
-        return graph.print_readable(print_output=False, include_stride=True, include_device=True)
+        return graph().print_readable(print_output=False, include_stride=True, include_device=True)
 
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", f"SSPROP GRAPH\n ===== {title} =====\n {code()}")

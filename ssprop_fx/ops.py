@@ -20,6 +20,7 @@ from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
 from .cost import Call
 from .masking import is_masked
+from .products import product_flops
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
@@ -150,12 +151,13 @@ for _device in ("cpu", "cuda", "xpu", "mps"):
 
 @functools.cache
 def register_flop_formulas() -> None:
-    """Make ``torch.utils.flop_counter`` count the two operators.
+    """Make ``torch.utils.flop_counter`` count the operators.
 
     Called when a graph gets the first of them: importing the counter imports Triton, which eager mode does not need.
     """
     from torch.utils.flop_counter import register_flop_formula
 
+    register_flop_formula(torch.ops.ssprop.product)(product_flops)
     register_flop_formula(torch.ops.ssprop.conv)(_conv_flops)
     register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)(_conv_backward_flops)
 

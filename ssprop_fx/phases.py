@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
-import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
-from . import gather, ops
+from . import ops, passes
 from ._compat import fake_mode_of, lowering_context
 from .allocation import allocation_for, observers
 from .logs import backward_lowered
@@ -27,6 +28,29 @@ if TYPE_CHECKING:
     from .backend import GraphRecord
 
 _lock = threading.RLock()
+
+
+class LazyGraphs(Mapping[Any, GraphModule]):
+    """Graphs by name, each made when somebody first asks for it."""
+
+    def __init__(self) -> None:
+        self._makers: dict[Any, Callable[[], GraphModule]] = {}
+
+    def put(self, key: Any, make: Callable[[], GraphModule]) -> None:
+        """Have ``make`` called, once, when the graph is asked for."""
+        self._makers[key] = functools.cache(make)
+
+    def __getitem__(self, key: Any) -> GraphModule:
+        return self._makers[key]()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._makers
 
 
 class PhaseDispatcher:
@@ -47,13 +71,16 @@ class PhaseDispatcher:
         compiler: Callable[..., Any],
         decompositions: Mapping[Any, Any],
     ) -> None:
-        self._boxed_call = True  # on the instance: wrappers copy it from there
-        self.record, self.graph_module, self.example_inputs = record, graph_module, list(example_inputs)
+        self.graph_module, self.example_inputs = graph_module, list(example_inputs)
         self.compiler, self.decompositions = compiler, decompositions
         self.fake_mode = fake_mode_of(self.example_inputs)
-        record.backward, record.dispatcher = graph_module, self
-        self.demands = lowering_demands(graph_module)
-        self.settings = {n: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
+        self.demands = {node.name: demand for node, demand in lowering_demands(graph_module).items()}
+        self.settings = {n.name: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
+        self._begin(record)
+
+    def _begin(self, record: GraphRecord) -> None:
+        self._boxed_call = True  # on the instance: wrappers copy it from there
+        self.record = record
         self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
         self.losses: dict[tuple[float, ...], dict[str, Timing]] = {}  # by factors and node: why it stays dense
         self.by_factor: dict[tuple[float, ...], Callable[..., Any]] = {}
@@ -75,45 +102,93 @@ class PhaseDispatcher:
         counts = self.counts(tuple(a.policy.quantized_factor for a in self.allocations))
         found: dict[str, int] = {}
         for node, settings in self.settings.items():
-            found.setdefault(settings[0], counts[node.name])
+            found.setdefault(settings[0], counts[node])
         return found
 
+    def lower(self, counts: Mapping[str, int]) -> GraphModule:
+        """The backward graph for a phase, as the compiler gets it.
+
+        Args:
+            counts: node → channels to keep.
+        """
+        lowered = copy_graph(self.graph_module)
+        with lowering_context(self.fake_mode):
+            LowerBackward(counts, self.decompositions)(lowered)
+            if self.decompositions:  # for Inductor
+                ChannelsLastScatter()(lowered)
+                ChannelsLastSums()(lowered)
+        return lowered
+
     def _enter(self, factors: tuple[float, ...]) -> Callable[..., Any]:
+        self.record.dispatcher = self
+        if "backward" not in self.record.graphs:
+            self.record.graphs.put("backward", lambda: self.graph_module)
         counts = self.counts(factors)
         key = tuple(counts.values())
         self.record.phases[factors] = key
         if key not in self.by_count:
             start = time.perf_counter()
-            lowered = copy_graph(self.graph_module)
-            # the compiler's cache knows the names of our operators, not what they do in this version
-            config: Any = torch.compiler.config
-            tagged = config.patch(cache_key_tag=f"{config.cache_key_tag} {_operators_digest()}")
-            with lowering_context(self.fake_mode), tagged:
-                LowerBackward(counts, self.decompositions)(lowered)
-                if self.decompositions:  # for Inductor
-                    ChannelsLastScatter()(lowered)
-                    ChannelsLastSums()(lowered)
-                self.record.lowered[key] = copy_graph(lowered)
-                self.by_count[key] = self.compiler(lowered, self.example_inputs)
+            make: Callable[[], GraphModule] = functools.partial(self.lower, counts)
+            run = self._load(key)
+            if run is None:
+                lowered = make()
+                make = functools.partial(_given, copy_graph(lowered))  # compilers change what they are given
+                # the compiler's cache knows the names of our operators, not what they do in this version
+                with lowering_context(self.fake_mode), tagged_caches():
+                    run = self.compiler(lowered, self.example_inputs)
+                self._keep(key, run)
+            self.by_count[key] = run
+            self.record.lowered.put(key, make)
             seconds = self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
-            backward_lowered(self.record.index, self.record, factors, self.record.lowered[key], seconds)
+            backward_lowered(self.record.index, self.record, factors, lambda: self.record.lowered[key], seconds)
         run = self.by_factor[factors] = self.by_count[key]
         return run
+
+    def _load(self, key: tuple[int, ...]) -> Callable[..., Any] | None:
+        """The compiled code of a phase from an earlier process, where there is some."""
+
+    def _keep(self, key: tuple[int, ...], run: Callable[..., Any]) -> None:
+        """Note where the compiled code of a phase lies, for a later process."""
 
     def counts(self, factors: tuple[float, ...]) -> dict[str, int]:
         """Channels to keep, by node, at one factor per allocation."""
         factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
         demands = []
-        for node, demand in self.demands.items():
-            handle = self.settings[node][-1]
+        for name, demand in self.demands.items():
+            handle = self.settings[name][-1]
             demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
         counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
-        return {node.name: counts[node.name] for node in self.settings}
+        return {name: counts[name] for name in self.settings}
+
+
+@contextlib.contextmanager
+def tagged_caches() -> Iterator[None]:
+    """Keep what PyTorch's caches hold for us apart from everything else: plain Inductor's, another version's."""
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} {_digest()}".lstrip()):
+        yield
+
+
+@contextlib.contextmanager
+def untagged_caches() -> Iterator[None]:
+    """Inside :func:`tagged_caches`: the caches as everybody has them."""
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=config.cache_key_tag.removesuffix(_digest()).rstrip()):
+        yield
 
 
 @functools.cache
-def _operators_digest() -> str:
-    return f"ssprop-fx {hashlib.sha256(inspect.getsource(gather).encode()).hexdigest()[:16]}"
+def _digest() -> str:
+    """Of the package's source."""
+    found = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(passes.__file__).parent):  # installed, the second lies inside the first
+        for path in sorted(folder.rglob("*.py")):
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"ssprop-fx {found.hexdigest()[:16]}"
+
+
+def _given(graph_module: GraphModule) -> GraphModule:
+    return graph_module
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:

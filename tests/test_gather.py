@@ -47,6 +47,8 @@ def test_the_operators_pass_opcheck(tensor, layout, dim):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.ssprop.take, (LAYOUTS[layout](tensor), dim, INDEX), test_utils=tests)
     torch.library.opcheck(torch.ops.ssprop.places, (INDEX, 8), test_utils=tests)
+    order = sorted(range(tensor.dim()), key=lambda d: -LAYOUTS[layout](tensor).stride(d))
+    torch.library.opcheck(torch.ops.ssprop.put, (LAYOUTS[layout](tensor)[: len(INDEX)], INDEX, 8, order), test_utils=tests)
 
 
 def test_places_tells_where_each_channel_stands():
