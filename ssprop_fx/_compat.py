@@ -37,6 +37,11 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+# Whether a function that is constant when traced may be given any object, which is then known by its identity. Older releases
+# fail on what is not a number, a text or the like. (Known of 2.15, and that 2.11 fails.)
+constants_of_objects = torch.torch_version.TorchVersion(torch.__version__) >= "2.15"
+
+
 def is_optimized_module(module: Any) -> bool:
     """Whether a module is what ``torch.compile(module)`` returned (asked without importing the compiler)."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
@@ -157,15 +162,15 @@ def load_code(code: tuple[str, str | None], example_inputs: Sequence[Any], optio
     return stored.post_compile(stored.load(example_inputs), {**options, "is_backward": backward})
 
 
-def pickle_graphs(graphs: Any) -> bytes:
-    """Graph modules, fake tensors and what holds them, as bytes."""
+def pickle_graph(graph_module: torch.fx.GraphModule) -> bytes:
+    """A graph module, with the fake values of its nodes, as bytes."""
     from torch.fx._graph_pickler import GraphPickler, Options
 
-    return GraphPickler.dumps(graphs, Options(ops_filter=None))
+    return GraphPickler.dumps(graph_module, Options(ops_filter=None))
 
 
-def unpickle_graphs(data: bytes, fake_mode: Any) -> Any:
-    """The inverse of :func:`pickle_graphs`; fake tensors are of ``fake_mode``."""
+def unpickle_graph(data: bytes, fake_mode: Any) -> Any:
+    """The inverse of :func:`pickle_graph`; fake values are of ``fake_mode``."""
     from torch.fx._graph_pickler import GraphPickler
 
     return GraphPickler.loads(data, fake_mode)

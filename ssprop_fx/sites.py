@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._compat import any_autocast, constant_when_traced, function_modes, functorch_active
+from ._compat import any_autocast, constant_when_traced, constants_of_objects, function_modes, functorch_active
 from .allocation import Allocation, observers
 from .backward import sparse_backward
 from .convolutions import NO_SPACE, ConvArgs, ConvSpec, output_channels, run
@@ -160,7 +160,11 @@ def _remember(
 
 def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
     # A layer that stays dense is an operator, too, of drop rate zero: a mode further out must not take it for its own.
-    settings = _constant_settings(site)
+    if constants_of_objects:
+        settings = _constant_settings(site)
+    else:
+        _register_formulas()
+        settings = site.operator_settings()
     call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     output = ops.conv(call.input, weight, bias, *call.args, *settings)
     return output.squeeze(0) if call.unbatched else output
@@ -170,6 +174,12 @@ def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilatio
 def _constant_settings(site: Site) -> tuple:
     ops.register_flop_formulas()
     return site.operator_settings()
+
+
+@constant_when_traced
+def _register_formulas() -> bool:
+    ops.register_flop_formulas()
+    return True
 
 
 def _backward(ctx, grad, compiling):

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ._compat import (
     code_key,
     compile_fx_inner,
@@ -35,9 +37,9 @@ from ._compat import (
     load_code,
     lowering_context,
     output_code,
-    pickle_graphs,
+    pickle_graph,
     refuse_to_store,
-    unpickle_graphs,
+    unpickle_graph,
 )
 from .phases import PhaseDispatcher
 
@@ -78,7 +80,7 @@ class StoredForward(OutputCode):
 
     def prepare_for_serialization(self) -> None:
         """Reduce this object, a copy, to what can be pickled."""
-        code, graph = code_key(self.compiled), pickle_graphs(self.record.graphs[self.name])
+        code, graph = code_key(self.compiled), pickle_graph(self.record.graphs[self.name])
         self.__dict__ = {"name": self.name, "code": code, "graph": graph}
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
@@ -88,7 +90,7 @@ class StoredForward(OutputCode):
         backward, graph = bool(graph_kwargs.get("is_backward")), self.__dict__.pop("graph")
         self._boxed_call, self.record = True, record
         self.compiled = load_code(self.__dict__.pop("code"), example_inputs, graph_kwargs, backward)
-        record.graphs.put(self.name, functools.partial(unpickle_graphs, graph, fake_mode_of(example_inputs)))
+        record.graphs.put(self.name, functools.partial(unpickle_graph, graph, fake_mode_of(example_inputs)))
         if not backward:
             record.forward_compiles += 1
             record.seconds["forward"] = time.perf_counter() - start
@@ -124,9 +126,9 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         options = {k: None if k in _LIVE else v for k, v in self.options.items()}
         if any(type(v) not in (type(None), bool, int, str, list, tuple) for v in options.values()):
             refuse_to_store("options of the compile that are not known")
-        graphs = pickle_graphs((self.graph_module, self.example_inputs))
+        strides = [value.stride() if isinstance(value, Tensor) else None for value in self.example_inputs]
         kept = {k: getattr(self, k) for k in ("identity", "demands", "settings")}
-        self.__dict__ = {**kept, "options": options, "graphs": graphs}
+        self.__dict__ = {**kept, "options": options, "strides": strides, "graph": pickle_graph(self.graph_module)}
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
         """Take the place of the dispatcher that a compile would have made, after a load."""
@@ -138,10 +140,16 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         self._begin(record)
 
     def __getattr__(self, name: str) -> Any:
-        # the graph and its inputs take half a second to unpickle, and a known phase does without
-        if name not in ("graph_module", "example_inputs") or "graphs" not in self.__dict__:
+        # the graph takes half a second to unpickle, and a known phase does without
+        if name not in ("graph_module", "example_inputs") or "graph" not in self.__dict__:
             raise AttributeError(name)
-        self.graph_module, self.example_inputs = unpickle_graphs(self.__dict__.pop("graphs"), self.fake_mode)
+        self.graph_module = unpickle_graph(self.__dict__.pop("graph"), self.fake_mode)
+        values = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        # what the forward saves lies in memory as its compiler chose, not as it was traced
+        self.example_inputs = [
+            value if stride in (None, value.stride()) else value.as_strided(value.shape, stride)
+            for value, stride in zip(values, self.strides, strict=True)
+        ]
         return self.__dict__[name]
 
     def _load(self, key: tuple[int, ...]) -> Callable[..., Any] | None:

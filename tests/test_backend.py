@@ -219,7 +219,8 @@ _CACHE_SCRIPT = textwrap.dedent(
     error = max(float((a - b).abs().max()) for a, b in zip(got, expected)) / largest
     hits = counters["inductor"]["fxgraph_cache_hit"]
     kept = int((got[0].flatten(1).abs().sum(1) > 0).sum())
-    print(json.dumps({"error": error, "kept": kept, "hits": hits}))
+    whole = counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps({"error": error, "kept": kept, "hits": hits, "whole": whole}))
     """
 )
 
@@ -239,6 +240,7 @@ def test_a_warm_cache_is_never_stale(tmp_path):
     assert all(r["error"] < 1e-4 for r in results), results
     assert results[1]["hits"] == 1  # the forward is plain Inductor's, and the sparse backward is new
     assert results[3]["hits"] == 2  # the same policy again: nothing to compile
+    assert [r["whole"] for r in results] == [0, 0, 0, 1, 1]  # nor to trace
 
 
 @pytest.mark.slow

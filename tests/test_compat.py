@@ -1,5 +1,6 @@
 """A canary for each private name in ``ssprop_fx/_compat.py``: what fails here says what PyTorch has changed."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -82,6 +83,52 @@ def test_the_autograd_cache_is_off_inside():
 
     with _compat.autograd_cache_off():
         assert not config.enable_autograd_cache
+
+
+def test_the_autograd_cache_keeps_what_compilers_return():
+    import torch._functorch.config as config
+    from torch._functorch._aot_autograd.autograd_cache import should_bundle_autograd_cache
+
+    with _compat.autograd_cache(stores=True):
+        assert config.enable_autograd_cache
+        assert should_bundle_autograd_cache()
+        assert config.force_non_lazy_backward_lowering
+        assert not config.donated_buffer
+        with _compat.inductor_cache():
+            assert not should_bundle_autograd_cache()
+    with _compat.autograd_cache(stores=False):
+        assert not config.enable_autograd_cache
+
+
+def test_code_without_a_key_is_refused():
+    with pytest.raises(Exception, match="does not hold") as error:
+        _compat.code_key(object())
+    assert type(error.value).__name__ == "BypassAOTAutogradCache"
+
+
+def test_a_graph_goes_through_bytes_with_its_fake_values():
+    from torch._subclasses import FakeTensorMode
+
+    first, second = FakeTensorMode(), FakeTensorMode()
+    graph = torch.fx.symbolic_trace(torch.nn.ReLU())
+    for node in graph.graph.nodes:
+        node.meta["val"] = first.from_tensor(torch.ones(2, 3))
+    found = _compat.unpickle_graph(_compat.pickle_graph(graph), second)
+    assert [n.name for n in found.graph.nodes] == [n.name for n in graph.graph.nodes]
+    values = [n.meta["val"] for n in found.graph.nodes]
+    assert all(v.fake_mode is second and v.shape == (2, 3) for v in values)
+
+
+def test_inductors_settings_are_a_text_and_hold_for_a_time():
+    import torch._inductor.config as config
+
+    usual = config.max_fusion_size
+    with _compat.inductor_settings({}) as before, _compat.inductor_settings({"max_fusion_size": 17}) as changed:
+        assert config.max_fusion_size == 17
+    assert config.max_fusion_size == usual
+    assert before != changed
+    assert " at 0x" not in before  # it must be the same in every process
+    assert _compat.inductor_folder().is_absolute()
 
 
 def test_inductor_lists_its_decompositions():
