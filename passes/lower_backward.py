@@ -14,7 +14,8 @@ from ssprop_fx._compat import fake_mode_of, in_memory_order
 from ssprop_fx.backward import sparse_backward
 from ssprop_fx.convolutions import ConvArgs, output_channels
 from ssprop_fx.cost import Call
-from ssprop_fx.gather import channels_last
+from ssprop_fx.gather import after, channels_last
+from ssprop_fx.masking import is_masked
 from ssprop_fx.selection import Demand, choices
 
 
@@ -80,16 +81,16 @@ class LowerBackward(PassBase):
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
         tensors = {"grad": grad, "input": input, "weight": weight, "output": output}
         names = [k for k, v in tensors.items() if v is not None]
-        # Inductor may write the gradient once in its own order, to rank it, and once with channels last, to gather from it.
         sparse = keep < choices(output_channels(weight.shape, args), args.groups)
-        two_layouts = (
-            bool(self.decompositions) and sparse and weight.dim() > 2 and grad.device.type == "cpu" and channels_last(grad)
-        )
+        inductor_cpu = bool(self.decompositions) and sparse and weight.dim() > 2 and grad.device.type == "cpu"
 
         def backward(*values):
             given = dict.fromkeys(tensors) | dict(zip(names, values, strict=True))
+            if inductor_cpu and channels_last(grad):
+                # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
+                given["grad"] = in_memory_order(given["grad"])
             return sparse_backward(
-                in_memory_order(given["grad"]) if two_layouts else given["grad"],
+                given["grad"],
                 given["input"],
                 given["weight"],
                 given["output"],
@@ -99,6 +100,7 @@ class LowerBackward(PassBase):
                 criterion,
                 gradients,
                 compiling=True,
+                ranked=after(given["grad"]) if inductor_cpu and not is_masked(criterion) else None,
             )
 
         fake_mode = fake_mode_of([v for v in tensors.values() if v is not None])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .convolutions import ConvArgs
-from .gather import channels_last, spread, take
+from .gather import between_zeros, channels_last, spread, take
 from .masking import is_masked, masked
 from .products import product_of_columns
 from .selection import choices, importance, kept_channels
@@ -43,6 +43,7 @@ def sparse_backward(
     criterion: str,
     gradients: str = "all",
     compiling: bool = False,
+    ranked: Tensor | None = None,
 ) -> Gradients:
     """Gradients of a convolution from its ``keep`` most important output channels.
 
@@ -57,6 +58,7 @@ def sparse_backward(
         criterion: see :func:`ssprop_fx.selection.importance`; or a ranking of other units, :mod:`ssprop_fx.masking`.
         gradients: ``all``, or ``weight`` to leave the input's gradient dense.
         compiling: write what a fusing compiler runs best instead of what eager mode does.
+        ranked: equal to ``grad``, to be read for the channels' importance in its place.
 
     Returns:
         The gradients of input, weight and bias, None where not asked for.
@@ -81,8 +83,8 @@ def sparse_backward(
 
     whole_groups = channels == groups
     with torch.no_grad():
-        score = importance(grad, output, criterion, sliced=not compiling)
-        index = kept_channels(score, 1 if whole_groups else groups, keep)
+        score = importance(grad if ranked is None else ranked, output, criterion, sliced=not compiling)
+        index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
     kept_grad = take(grad, 1, index, compiling)
     rows = _input_channels(index, input.shape[1] // groups) if whole_groups else None
     kept_input = input if rows is None else take(input, 1, rows, compiling)
@@ -152,24 +154,11 @@ def _pointwise_backward(
         gi = dense_backward(grad, input, weight, args, (True, False, False))[0]  # padding would fix a symbolic size
     elif mask[0]:
         gi = (rows.reshape(-1, grad.shape[1]) @ matrix).reshape(*(grad.shape[d] for d in last[:-1]), -1)
-        gi = _between_zeros(gi, args.stride, input.shape[2:]).permute(first)
+        gi = between_zeros(gi, args.stride, input.shape[2:], compiling).permute(first)
     if mask[1]:
         seen = input[(slice(None), slice(None), *(slice(None, None, s) for s in args.stride))]
         gw = product_of_columns(rows, seen.permute(last), compiling).reshape(weight.shape)
     return gi, gw, None
-
-
-def _between_zeros(values: Tensor, stride: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """(N, *out, C) → (N, *sizes, C): the positions that are a multiple of the stride, among zeros."""
-    if all(s == 1 for s in stride):
-        return values
-    n, *out, c = values.shape
-    apart = values.reshape(n, *(size for o in out for size in (o, 1)), c)
-    ends = [size for s in reversed(stride) for size in (0, s - 1, 0, 0)]  # of the last dimension first
-    apart = torch.constant_pad_nd(apart, [0, 0, *ends]).reshape(n, *(o * s for o, s in zip(out, stride, strict=True)), c)
-    beyond = [o * s - size for o, s, size in zip(out, stride, sizes, strict=True)]
-    # a negative padding cuts off, and gives dense memory
-    return torch.constant_pad_nd(apart, [0, 0, *(end for b in reversed(beyond) for end in (0, -b))]) if any(beyond) else apart
 
 
 def _lists(args: ConvArgs) -> tuple:

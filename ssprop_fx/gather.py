@@ -1,10 +1,13 @@
 """Taking some channels of a tensor, and putting them back in their places among zeros.
 
-``ssprop::take``, ``ssprop::places`` and ``ssprop::put`` are the same for compiled graphs: to a compiler on the CPU each is a
-kernel of C++ to be compiled, for seconds, and it runs no faster than PyTorch's own.
+``ssprop::take``, ``places``, ``put`` and ``between_zeros`` are the same for compiled graphs: to a compiler on the CPU each is a
+kernel of C++ to be compiled, for seconds, and it runs no faster than PyTorch's own. ``ssprop::one_after`` keeps apart what such
+a compiler would put into one kernel.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ _library = torch.library.Library("ssprop", "FRAGMENT")
 _library.define("take(Tensor tensor, int dim, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("places(Tensor index, SymInt channels) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("put(Tensor values, Tensor index, SymInt channels, int[] order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+_library.define("between_zeros(Tensor values, SymInt[] stride, SymInt[] sizes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("one_after(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Tensor:
@@ -45,6 +51,29 @@ def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: boo
     kept = (place >= 0).view([-1 if d == axis else 1 for d in range(like.dim())])
     result = torch.where(kept, values.permute(order).index_select(axis, place.clamp(min=0)), 0)
     return result.permute(_inverse(order))
+
+
+def between_zeros(values: Tensor, stride: Sequence[int], sizes: Sequence[int], compiling: bool = False) -> Tensor:
+    """(N, *out, C) → (N, *sizes, C): the values at the positions that are a multiple of the stride, among zeros."""
+    if all(s == 1 for s in stride):
+        return values
+    if compiling and values.device.type == "cpu" and not functorch_active():
+        return torch.ops.ssprop.between_zeros(values, list(stride), list(sizes))
+    n, *out, c = values.shape
+    apart = values.reshape(n, *(size for o in out for size in (o, 1)), c)
+    ends = [size for s in reversed(stride) for size in (0, s - 1, 0, 0)]  # of the last dimension first
+    apart = torch.constant_pad_nd(apart, [0, 0, *ends]).reshape(n, *(o * s for o, s in zip(out, stride, strict=True)), c)
+    beyond = [o * s - size for o, s, size in zip(out, stride, sizes, strict=True)]
+    # a negative padding cuts off, and gives dense memory
+    return torch.constant_pad_nd(apart, [0, 0, *(end for b in reversed(beyond) for end in (0, -b))]) if any(beyond) else apart
+
+
+def after(tensor: Tensor) -> Tensor:
+    """The tensor, for a reader that a fusing compiler is to keep out of the kernel that writes it.
+
+    Readers that differ from phase to phase would make every such kernel another one, to be compiled for a second and more.
+    """
+    return tensor * torch.ops.ssprop.one_after(tensor)
 
 
 def channels_last(tensor: Tensor) -> bool:
@@ -88,11 +117,35 @@ def _put_fake(values: Tensor, index: Tensor, channels: int, order: list[int]) ->
     return values.new_empty((channels, *(values.shape[d] for d in order[1:]))).permute(_inverse(order))
 
 
+def _between_zeros(values: Tensor, stride: list[int], sizes: list[int]) -> Tensor:
+    result = values.new_zeros((values.shape[0], *sizes, values.shape[-1]))
+    result[(slice(None), *(slice(None, None, s) for s in stride))] = values
+    return result
+
+
+def _between_zeros_fake(values: Tensor, stride: list[int], sizes: list[int]) -> Tensor:
+    return values.new_empty((values.shape[0], *sizes, values.shape[-1]))
+
+
+def _one_after(tensor: Tensor) -> Tensor:
+    return tensor.new_ones(())
+
+
+def _one_after_fake(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(())
+
+
 def _inverse(order: list[int]) -> list[int]:
     return [order.index(d) for d in range(len(order))]
 
 
-for _name, _kernel, _fake in (("take", _take, _take), ("places", _places, _places_fake), ("put", _put, _put_fake)):
+for _name, _kernel, _fake in (
+    ("take", _take, _take),
+    ("places", _places, _places_fake),
+    ("put", _put, _put_fake),
+    ("between_zeros", _between_zeros, _between_zeros_fake),
+    ("one_after", _one_after, _one_after_fake),
+):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     # autograd sees the operations inside, and calls do not pass by its fallback, which takes as long as they do
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import functorch_active
+
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
 # temporary of G's size is made.
 _SLICE = 1 << 18
@@ -51,21 +53,38 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     raise ValueError(f"unknown criterion {criterion!r}: expected l1, l2, taylor or random")
 
 
-def kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
+def kept_channels(score: Tensor, groups: int, keep: int, compiling: bool = False) -> Tensor:
     """Indices of the ``keep`` most important channels of each group, ascending within the group.
 
     Args:
         score: (K,); NaN and inf rank first, as ``topk`` orders them.
         groups: the number of groups that choose independently; K is a multiple of it.
+        compiling: for a compiler, which on the CPU has nothing to fuse here, as the operator ``ssprop::kept_channels``.
 
     Returns:
         (groups · keep,) indices into K.
     """
+    operator = compiling and score.device.type == "cpu" and not functorch_active()
+    return (torch.ops.ssprop.kept_channels if operator else _kept_channels)(score, groups, keep)
+
+
+def _kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
     per_group = score.shape[0] // groups
     index = score.view(groups, per_group).topk(keep, dim=1).indices.sort(dim=1).values
     if groups > 1:
         index = index + torch.arange(groups, device=score.device).unsqueeze(1) * per_group
     return index.flatten()
+
+
+_library = torch.library.Library("ssprop", "FRAGMENT")
+_library.define("kept_channels(Tensor score, SymInt groups, SymInt keep) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("kept_channels", _kept_channels, "CompositeExplicitAutograd")
+_library.impl("kept_channels", torch.library.fallthrough_kernel, "Autograd")  # whole numbers have no gradient
+torch.library.register_fake(
+    "ssprop::kept_channels",
+    lambda score, groups, keep: score.new_empty((groups * keep,), dtype=torch.int64),
+    lib=_library,
+)
 
 
 def choices(out_channels: int, groups: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssprop_fx.gather import channels_last, spread, take
+from ssprop_fx.gather import after, between_zeros, channels_last, spread, take
 
 INDEX = torch.tensor([1, 4, 6])
 LAYOUTS = {
@@ -53,3 +53,26 @@ def test_the_operators_pass_opcheck(tensor, layout, dim):
 
 def test_places_tells_where_each_channel_stands():
     assert torch.ops.ssprop.places(INDEX, 8).tolist() == [-1, 0, -1, -1, 1, -1, 2, -1]
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "stride"), [((5,), (2,)), ((8, 6), (2, 1)), ((7, 9), (3, 2)), ((4, 3, 5), (2, 2, 2))], ids=str
+)
+def test_between_zeros_undoes_strided_slices(sizes, stride, compiling):
+    whole = torch.randn(2, *sizes, 3)
+    places = (slice(None), *(slice(None, None, s) for s in stride))
+    expected = torch.zeros_like(whole)
+    expected[places] = whole[places]
+    got = between_zeros(whole[places], stride, sizes, compiling)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.ssprop.between_zeros, (whole[places], list(stride), list(sizes)), test_utils=tests)
+
+
+def test_what_is_read_afterwards_is_the_same():
+    values = torch.tensor([1.5, -0.0, float("inf"), float("nan"), 1e-45], dtype=torch.float32)
+    assert torch.equal(after(values)[[0, 1, 2, 4]], values[[0, 1, 2, 4]])
+    assert after(values)[3].isnan()
+    torch.library.opcheck(torch.ops.ssprop.one_after, (values,), test_utils=("test_schema", "test_faketensor"))

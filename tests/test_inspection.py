@@ -329,8 +329,8 @@ def test_compiled_stages_hold_the_lowered_backward_of_each_phase(compiled):
     found = {o.layer: o for o in operations(report.captures[0]) if o.layer}
     assert found["body.0"].module == "body.0"
     assert "ssprop.conv.default" in found["body.0"].rewritten
-    assert "topk" in found["body.0"].lowered["backward, factor 1"]
-    assert "topk" not in found["body.0"].lowered["backward, factor 0"]
+    assert "kept_channels" in found["body.0"].lowered["backward, factor 1"]
+    assert "kept_channels" not in found["body.0"].lowered["backward, factor 0"]
     assert found["stem"].rewritten is None
 
 

@@ -338,7 +338,7 @@ def test_compiled_graphs_show_the_lowered_backward(open_page):
     titles = page.locator("#detail h3").all_inner_texts()
     assert titles[:2] == ["Before", "After"]
     assert any(title.startswith("Backward, factor 1") for title in titles)
-    assert "topk" in page.inner_text("#detail")
+    assert "kept_channels" in page.inner_text("#detail")
 
 
 def test_before_the_first_step_the_page_says_so(open_page):
