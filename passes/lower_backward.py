@@ -1,4 +1,4 @@
-"""``ssprop.conv_backward`` nodes → plain aten nodes, for one phase."""
+"""``ssprop.conv_backward`` nodes → plain operations, for one phase: aten's, and on the CPU some of ours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
 
 
 class LowerBackward(PassBase):
-    """Replace every ``ssprop.conv_backward`` by the sparse (or, at full count, dense) backward in aten operations.
+    """Replace every ``ssprop.conv_backward`` by the sparse (or, at full count, dense) backward in plain operations.
 
     Requires fake values in ``meta["val"]``, as AOTAutograd leaves them. Ensures that no ``ssprop.conv_backward`` is left,
     that metadata and layer names carry over, and that the graph passes lint.

@@ -90,8 +90,8 @@ def autograd_cache(stores: bool) -> Iterator[None]:
     """AOTAutograd's cache, if the user has it on, keeping the objects that the compilers returned.
 
     They are kept when the forward has been compiled, so the backward's compiler, too, is called then. What the forward
-    saves is not given away to the backward's code for its own results: that is settled at the first backward pass, and would
-    hold for the later ones.
+    saves is not given away to the backward's code for its own results, which would be settled at the first backward pass
+    and hold for the later ones; :func:`keep_saved_tensors` tells AOTAutograd so.
 
     Args:
         stores: False leaves the cache off.
@@ -99,11 +99,22 @@ def autograd_cache(stores: bool) -> Iterator[None]:
     import torch._dynamo.config as dynamo_config
     import torch._functorch.config as config
 
-    wanted = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True, "donated_buffer": False}
+    wanted = {"bundled_autograd_cache": True, "force_non_lazy_backward_lowering": True}
     if not stores or dynamo_config.caching_precompile or not all(hasattr(config, name) for name in wanted):
         wanted = {"enable_autograd_cache": False}
-    with config.patch(wanted):
+    with config.patch({**wanted, "donated_buffer": False}):
         yield
+
+
+def keep_saved_tensors() -> None:
+    """Say of the backward that is being compiled that it leaves the saved tensors as they are: it may be run again.
+
+    Without it AOTAutograd refuses ``retain_graph``, as it does for a backward of which it does not know.
+    """
+    context = torch._guards.TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    if metadata is not None:
+        metadata.bw_donated_idxs = []
 
 
 @contextlib.contextmanager
@@ -201,7 +212,7 @@ def compile_fx(*args: Any, **kwargs: Any) -> Any:
 
 
 def compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
-    """Inductor, from an aten graph that holds no operator of ours any more.
+    """Inductor, from a graph of aten operations and of operators of ours that it calls as they are.
 
     Newer releases hand the decomposition table down as ``get_decomp_fn`` and make it a part of the cache key; ours cannot
     be pickled, and is not needed any more, so the usual one takes its place and the graph is cached.

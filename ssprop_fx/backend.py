@@ -31,6 +31,7 @@ from ._compat import (
     inductor_cache,
     inductor_decompositions,
     inductor_mode_options,
+    keep_saved_tensors,
     make_boxed,
 )
 from .allocation import Allocation, allocation_for
@@ -233,13 +234,15 @@ def _compile(
     sizes_known = not any(isinstance(value, torch.SymInt) for value in example_inputs)
     stores = bool(record.decisions or rewritten_layers(rewritten)) and sizes_known
     with autograd_cache(stores), tagged_caches(), warm.compiling(record, settings):
-        return compile_fx(
+        compiled = compile_fx(
             rewritten,
             example_inputs,
             inner_compile=functools.partial(_inner_compile, record, settings),
             config_patches=settings or None,
             decompositions={**inductor_decompositions(), ops.conv: _dense_convolution},
         )
+    record.forward_compiles = record.forward_compiles or 1  # by an earlier process
+    return compiled
 
 
 def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModule, GraphRecord]:
@@ -343,20 +346,23 @@ def _inner_compile(
     example_inputs: Sequence[Any],
     **kwargs: Any,
 ) -> Any:
-    from .warm import StoredForward, StoredPhases
+    from .warm import StoredCode, StoredPhases
 
     backward = bool(kwargs.get("is_backward"))
-    if backward and backward_nodes(graph_module):
-        return StoredPhases(record, graph_module, example_inputs, kwargs, settings)
-    name, graph = "backward" if backward else "forward", copy_graph(graph_module)
-    start = time.perf_counter()
+    if backward:
+        keep_saved_tensors()
+        if backward_nodes(graph_module):
+            return StoredPhases(record, graph_module, example_inputs, kwargs, settings)
+        # plain Inductor's code may write over saved tensors, and its cache does not tell
+        graph = copy_graph(graph_module)
+        with inductor_cache():
+            return StoredCode(record, compile_fx_inner(graph_module, example_inputs, **kwargs), lambda: graph, backward)
+    graph, start = copy_graph(graph_module), time.perf_counter()
     with inductor_cache(), untagged_caches():  # there is nothing of ours in the graph, and plain Inductor's code serves
         compiled = compile_fx_inner(graph_module, example_inputs, **kwargs)
-    record.graphs.put(name, lambda: graph)
-    if not backward:
-        record.forward_compiles += 1
-        record.seconds["forward"] = time.perf_counter() - start
-    return StoredForward(record, name, compiled)
+    record.forward_compiles += 1
+    record.seconds["forward"] = time.perf_counter() - start
+    return StoredCode(record, compiled, lambda: graph, backward)
 
 
 __all__ = ["CompiledState", "GraphRecord", "PhaseDispatcher", "records_of", "rewrite", "ssprop", "state_of"]

@@ -27,7 +27,7 @@ from .profit import Timing, settle
 if TYPE_CHECKING:
     from .backend import GraphRecord
 
-_lock = threading.RLock()
+lock = threading.RLock()  # lowering, and unpickling what is lowered, goes one at a time
 
 
 class LazyGraphs(Mapping[Any, GraphModule]):
@@ -90,7 +90,7 @@ class PhaseDispatcher:
         factors = tuple(a.policy.quantized_factor for a in self.allocations)
         run = self.by_factor.get(factors)
         if run is None:
-            with _lock:
+            with lock:
                 run = self.by_factor.get(factors) or self._enter(factors)
         for observe in observers:
             for settings in self.settings.values():

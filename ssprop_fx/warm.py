@@ -2,7 +2,7 @@
 
 AOTAutograd's cache keeps for the next process how a graph is called and what its forward and backward compiled to. Its key is
 the graph as the backend hands it over, in which every rewritten convolution names its layer, its settings and its policy,
-and, for us, a digest of this package's source. What it keeps of ours is :class:`StoredForward` and :class:`StoredPhases`: the
+and, for us, a digest of this package's source. What it keeps of ours is :class:`StoredCode` and :class:`StoredPhases`: the
 keys of code that lies in Inductor's own cache, and the graphs, for reports and for phases that are new. Which code belongs
 to which phase of a backward is noted in a file for each, in Inductor's folder.
 
@@ -41,7 +41,7 @@ from ._compat import (
     refuse_to_store,
     unpickle_graph,
 )
-from .phases import PhaseDispatcher
+from .phases import PhaseDispatcher, lock
 
 if TYPE_CHECKING:
     from .backend import GraphRecord
@@ -65,14 +65,26 @@ def compiling(record: GraphRecord, settings: Mapping[str, Any]) -> Iterator[None
         _compiling.reset(token)
 
 
-class StoredForward(OutputCode):
-    """A compiled forward, or a backward without a sparse convolution, that AOTAutograd's cache can keep."""
+class StoredCode(OutputCode):
+    """A compiled forward, or a backward without a sparse convolution, that AOTAutograd's cache can keep.
 
-    def __init__(self, record: GraphRecord, name: str, compiled: Callable[..., Any]) -> None:
+    Args:
+        graph: makes the graph that was compiled.
+    """
+
+    def __init__(self, record: GraphRecord, compiled: Callable[..., Any], graph: Callable[[], Any], backward: bool) -> None:
+        self.backward = backward
+        self._begin(record, compiled, graph)
+
+    def _begin(self, record: GraphRecord, compiled: Callable[..., Any], graph: Callable[[], Any]) -> None:
         self._boxed_call = True
-        self.record, self.name, self.compiled = record, name, compiled
+        self.record, self.compiled, self.graph = record, compiled, graph
+        if not self.backward:
+            record.graphs.put("forward", graph)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
+        if self.backward and "backward" not in self.record.graphs:  # a backward is one once it has run
+            self.record.graphs.put("backward", self.graph)
         return self.compiled(inputs)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
@@ -80,19 +92,17 @@ class StoredForward(OutputCode):
 
     def prepare_for_serialization(self) -> None:
         """Reduce this object, a copy, to what can be pickled."""
-        code, graph = code_key(self.compiled), pickle_graph(self.record.graphs[self.name])
-        self.__dict__ = {"name": self.name, "code": code, "graph": graph}
+        stored = {"code": code_key(self.compiled), "pickled": pickle_graph(self.graph())}
+        self.__dict__ = {"backward": self.backward, **stored}
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
         """Take the code from Inductor's cache, after a load."""
         start = time.perf_counter()
         record, _ = _compiling.get()
-        backward, graph = bool(graph_kwargs.get("is_backward")), self.__dict__.pop("graph")
-        self._boxed_call, self.record = True, record
-        self.compiled = load_code(self.__dict__.pop("code"), example_inputs, graph_kwargs, backward)
-        record.graphs.put(self.name, functools.partial(unpickle_graph, graph, fake_mode_of(example_inputs)))
-        if not backward:
-            record.forward_compiles += 1
+        compiled = load_code(self.__dict__.pop("code"), example_inputs, graph_kwargs, self.backward)
+        pickled = self.__dict__.pop("pickled")
+        self._begin(record, compiled, functools.partial(unpickle_graph, pickled, fake_mode_of(example_inputs)))
+        if not self.backward:
             record.seconds["forward"] = time.perf_counter() - start
 
 
@@ -117,6 +127,7 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         self.options, self.inductor = dict(options), settings
         self.loads_with: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         self.identity = uuid.uuid4().hex
+        self.stored = [False]  # whether the cache has it; a list, for the copy that is stored to tell this one
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Inductor's own cache keeps the kernels."""
@@ -128,7 +139,9 @@ class StoredPhases(PhaseDispatcher, OutputCode):
             refuse_to_store("options of the compile that are not known")
         strides = [value.stride() if isinstance(value, Tensor) else None for value in self.example_inputs]
         kept = {k: getattr(self, k) for k in ("identity", "demands", "settings")}
-        self.__dict__ = {**kept, "options": options, "strides": strides, "graph": pickle_graph(self.graph_module)}
+        graph, stored = pickle_graph(self.graph_module), self.stored
+        self.__dict__ = {**kept, "options": options, "strides": strides, "graph": graph}
+        stored[0] = True
 
     def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]) -> None:
         """Take the place of the dispatcher that a compile would have made, after a load."""
@@ -136,21 +149,27 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         options = {k: graph_kwargs.get(k) if k in _LIVE else v for k, v in self.options.items()}
         self.compiler, self.decompositions = functools.partial(_compile, options, settings), inductor_decompositions()
         self.options, self.inductor, self.loads_with = options, settings, (example_inputs, graph_kwargs)
-        self.fake_mode = fake_mode_of(example_inputs)
+        self.fake_mode, self.stored = fake_mode_of(example_inputs), [True]
         self._begin(record)
 
     def __getattr__(self, name: str) -> Any:
         # the graph takes half a second to unpickle, and a known phase does without
-        if name not in ("graph_module", "example_inputs") or "graph" not in self.__dict__:
+        if name not in ("graph_module", "example_inputs"):
             raise AttributeError(name)
-        self.graph_module = unpickle_graph(self.__dict__.pop("graph"), self.fake_mode)
-        values = [node.meta["val"] for node in self.graph_module.graph.find_nodes(op="placeholder")]
-        # what the forward saves lies in memory as its compiler chose, not as it was traced
-        self.example_inputs = [
-            value if stride in (None, value.stride()) else value.as_strided(value.shape, stride)
-            for value, stride in zip(values, self.strides, strict=True)
-        ]
-        return self.__dict__[name]
+        with lock:  # a report may ask while a backward pass runs
+            if name not in self.__dict__:
+                if "graph" not in self.__dict__:
+                    raise AttributeError(name)
+                graph_module = unpickle_graph(self.graph, self.fake_mode)
+                values = [node.meta["val"] for node in graph_module.graph.find_nodes(op="placeholder")]
+                # what the forward saves lies in memory as its compiler chose, not as it was traced
+                self.example_inputs = [
+                    value if stride is None or stride == value.stride() else value.as_strided(value.shape, stride)
+                    for value, stride in zip(values, self.strides, strict=True)
+                ]
+                self.graph_module = graph_module
+                del self.graph
+            return self.__dict__[name]
 
     def _load(self, key: tuple[int, ...]) -> Callable[..., Any] | None:
         if self.loads_with is None:
@@ -158,20 +177,26 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         example_inputs, graph_kwargs = self.loads_with
         try:
             note = json.loads(self._note(key).read_text())
-            with lowering_context(self.fake_mode):
+            with inductor_settings(self.inductor), lowering_context(self.fake_mode):
                 return load_code((note["key"], note["guards"]), example_inputs, graph_kwargs, backward=True)
         except Exception as problem:  # whatever it is, the phase can be compiled
             logger.info("compiled code of a phase is not taken from the cache: %s", problem)
             return None
 
     def _keep(self, key: tuple[int, ...], run: Callable[..., Any]) -> None:
-        path = self._note(key)
+        if not self.stored[0]:  # nobody would ever look
+            return
         try:
-            code, guards = code_key(run)
+            path, (code, guards) = self._note(key), code_key(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump({"key": code, "guards": guards}, file)
-            os.replace(file.name, path)
+                try:
+                    json.dump({"key": code, "guards": guards}, file)
+                    file.close()
+                    os.replace(file.name, path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
         except Exception as problem:  # it is for the next process, and this one goes on
             logger.info("compiled code of a phase is not noted in the cache: %s", problem)
 
@@ -186,4 +211,4 @@ def _compile(options: Mapping[str, Any], settings: Mapping[str, Any], graph_modu
         return compile_fx_inner(graph_module, example_inputs, **options)
 
 
-__all__ = ["StoredForward", "StoredPhases", "compiling"]
+__all__ = ["StoredCode", "StoredPhases", "compiling"]

@@ -98,6 +98,7 @@ def test_the_autograd_cache_keeps_what_compilers_return():
             assert not should_bundle_autograd_cache()
     with _compat.autograd_cache(stores=False):
         assert not config.enable_autograd_cache
+        assert not config.donated_buffer
 
 
 def test_code_without_a_key_is_refused():

@@ -169,6 +169,38 @@ def test_evaluation_is_stored_and_reported_too(cold, clock):
     assert torch.equal(*outputs)
 
 
+def test_a_graph_may_be_run_backwards_again(cold, clock):
+    """Compiled or taken from a cache, first or later: saved tensors are as they were."""
+    model, policy, _, _ = cold
+    for _ in range(2):
+        run = compiled(model, policy)
+        for retained in (False, True):
+            model.zero_grad()
+            loss = run(IMAGES).square().mean()
+            for _ in range(2 if retained else 1):
+                loss.backward(retain_graph=retained)
+            grads = [p.grad.clone() for p in model.parameters()]
+            if not retained:
+                once = grads
+        for a, b in zip(grads, once, strict=True):
+            torch.testing.assert_close(a, 2 * b)
+
+
+def test_a_dense_model_may_be_run_backwards_again_after_plain_inductor(cold, clock):
+    """Plain Inductor's backward writes over saved tensors."""
+    model, _, _, _ = cold
+    torch._dynamo.reset()
+    once = step(torch.compile(model), model)
+    run = compiled(model, {"drop_rate": 0.0})
+    loss = run(IMAGES).square().mean()
+    model.zero_grad()
+    assert record_of(model).backward is None
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    for p, b in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * b)
+
+
 def test_a_cache_that_was_cleared_is_filled_again(cold, clock, tmp_path, monkeypatch):
     model, policy, expected, _ = cold
     monkeypatch.setattr(warm, "load_code", lambda *_, **__: 1 / 0)  # what was noted is no longer there
