@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from models import MODELS, build
+from models import add_options, build
 
 from ssprop_fx import Policy
 from ssprop_fx.coverage import scalar_loss
@@ -77,9 +77,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help=", ".join(MODELS) + "; or torchvision:NAME")
-    parser.add_argument("--batch", type=int, help="of the inputs; the model's own choice without")
-    parser.add_argument("--size", type=int, help="length of every spatial dimension")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--in-process", choices=ARMS, help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,3 +67,10 @@ def build(
 
     inputs = (torch.randn(shape).contiguous(memory_format=layout), *more(shape[0]))
     return model.to(device=device, memory_format=layout).train(), tuple(map(place, inputs))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command for what :func:`build` is to build."""
+    parser.add_argument("--model", default="resnet18", help=", ".join(MODELS) + "; or torchvision:NAME")
+    parser.add_argument("--batch", type=int, help="of the inputs; the model's own choice without")
+    parser.add_argument("--size", type=int, help="length of every spatial dimension")

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from models import MODELS, build
+from models import add_options, build
 
 from ssprop_fx import Policy
 from ssprop_fx.arms import ARMS
@@ -24,9 +24,7 @@ from ssprop_fx.bench import bench
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help=", ".join(MODELS) + "; or torchvision:NAME")
-    parser.add_argument("--batch", type=int, help="of the inputs; the model's own choice without")
-    parser.add_argument("--size", type=int, help="length of every spatial dimension")
+    add_options(parser)
     parser.add_argument("--drop-rate", type=float, default=0.8)
     parser.add_argument("--round-to", default="auto", help="auto, or a whole number")
     parser.add_argument("--profitable", default="always", choices=["always", "auto"])

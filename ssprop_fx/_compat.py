@@ -122,7 +122,8 @@ def inductor_cache() -> Iterator[None]:
     """Inductor's own cache, inside :func:`autograd_cache`, which leaves it out."""
     import torch._functorch.config as config
 
-    with config.patch({name: False for name in ("bundled_autograd_cache",) if hasattr(config, name)}):
+    name = "bundled_autograd_cache"
+    with config.patch({name: False} if hasattr(config, name) else {}):
         yield
 
 
@@ -194,14 +195,19 @@ def inductor_folder() -> Path:
     return Path(cache_dir())
 
 
-@contextlib.contextmanager
-def inductor_settings(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Inductor's settings with ``settings`` among them, for the time being; gives all that decides what it makes, as a text."""
+def inductor_settings(settings: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inductor's settings with ``settings`` among them, for the time being."""
     import torch._inductor.config as config
 
-    with config.patch(dict(settings)):
-        flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.get_num_threads()
-        yield f"{sorted(config.save_config_portable(ignore_private_configs=False).items())} {flags}"
+    return config.patch(dict(settings))
+
+
+def inductor_state() -> str:
+    """All that decides what Inductor makes of a graph, as a text."""
+    import torch._inductor.config as config
+
+    flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.get_num_threads()
+    return f"{sorted(config.save_config_portable(ignore_private_configs=False).items())} {flags}"
 
 
 def compile_fx(*args: Any, **kwargs: Any) -> Any:

@@ -150,9 +150,7 @@ def _pointwise_backward(
     first = (0, grad.dim() - 1, *range(1, grad.dim() - 1))
     rows, matrix = grad.permute(last), weight.reshape(weight.shape[:2])
     gi = gw = None
-    if mask[0] and any(s > 1 for s in args.stride) and not all(isinstance(size, int) for size in input.shape):
-        gi = dense_backward(grad, input, weight, args, (True, False, False))[0]  # padding would fix a symbolic size
-    elif mask[0]:
+    if mask[0]:
         gi = (rows.reshape(-1, grad.shape[1]) @ matrix).reshape(*(grad.shape[d] for d in last[:-1]), -1)
         gi = between_zeros(gi, args.stride, input.shape[2:], compiling).permute(first)
     if mask[1]:

@@ -1,8 +1,7 @@
 """Taking some channels of a tensor, and putting them back in their places among zeros.
 
-``ssprop::take``, ``places``, ``put`` and ``between_zeros`` are the same for compiled graphs: to a compiler on the CPU each is a
-kernel of C++ to be compiled, for seconds, and it runs no faster than PyTorch's own. ``ssprop::one_after`` keeps apart what such
-a compiler would put into one kernel.
+For compiled graphs most of it is operators (:mod:`ssprop_fx.operators`). ``ssprop::one_after`` keeps apart what a compiler
+would put into one kernel.
 """
 
 from __future__ import annotations
@@ -12,15 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._compat import functorch_active
-
-_library = torch.library.Library("ssprop", "FRAGMENT")
-_library.define("take(Tensor tensor, int dim, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("places(Tensor index, SymInt channels) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("put(Tensor values, Tensor index, SymInt channels, int[] order) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
-_library.define("between_zeros(Tensor values, SymInt[] stride, SymInt[] sizes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("one_after(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+from . import operators
 
 
 def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Tensor:
@@ -32,8 +23,7 @@ def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Te
         index: (k,), whole numbers.
         compiling: write what a fusing compiler runs best.
     """
-    operator = compiling and tensor.device.type == "cpu" and not functorch_active()
-    return (torch.ops.ssprop.take if operator else _take)(tensor, dim, index)
+    return (_take_operator if operators.wanted(tensor, compiling) else _take)(tensor, dim, index)
 
 
 def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: bool = False) -> Tensor:
@@ -41,12 +31,12 @@ def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: boo
     if not compiling:
         return torch.zeros_like(like, dtype=values.dtype).index_copy_(dim, index, values)
     # the axes are taken in the order of memory, or the compiler would make a contiguous tensor and copy it
-    strides, operators = like.stride(), not functorch_active()
+    strides, operator = like.stride(), operators.wanted(values, compiling)
     order = sorted(range(like.dim()), key=lambda d: (-strides[d], d))
-    if order[0] == dim and operators and values.device.type == "cpu":
-        return torch.ops.ssprop.put(values, index, like.shape[dim], order)
+    if order[0] == dim and operator:
+        return _put_operator(values, index, like.shape[dim], order)
     # as a gather it is one pass over its memory that a compiler can fuse: no zeros, no scatter
-    place = (torch.ops.ssprop.places if operators else _places)(index, like.shape[dim])
+    place = (_places_operator if operator else _places)(index, like.shape[dim])
     axis = order.index(dim)
     kept = (place >= 0).view([-1 if d == axis else 1 for d in range(like.dim())])
     result = torch.where(kept, values.permute(order).index_select(axis, place.clamp(min=0)), 0)
@@ -57,15 +47,8 @@ def between_zeros(values: Tensor, stride: Sequence[int], sizes: Sequence[int], c
     """(N, *out, C) → (N, *sizes, C): the values at the positions that are a multiple of the stride, among zeros."""
     if all(s == 1 for s in stride):
         return values
-    if compiling and values.device.type == "cpu" and not functorch_active():
-        return torch.ops.ssprop.between_zeros(values, list(stride), list(sizes))
-    n, *out, c = values.shape
-    apart = values.reshape(n, *(size for o in out for size in (o, 1)), c)
-    ends = [size for s in reversed(stride) for size in (0, s - 1, 0, 0)]  # of the last dimension first
-    apart = torch.constant_pad_nd(apart, [0, 0, *ends]).reshape(n, *(o * s for o, s in zip(out, stride, strict=True)), c)
-    beyond = [o * s - size for o, s, size in zip(out, stride, sizes, strict=True)]
-    # a negative padding cuts off, and gives dense memory
-    return torch.constant_pad_nd(apart, [0, 0, *(end for b in reversed(beyond) for end in (0, -b))]) if any(beyond) else apart
+    operator = operators.wanted(values, compiling)
+    return (_between_zeros_operator if operator else _between_zeros)(values, list(stride), list(sizes))
 
 
 def after(tensor: Tensor) -> Tensor:
@@ -73,7 +56,7 @@ def after(tensor: Tensor) -> Tensor:
 
     Readers that differ from phase to phase would make every such kernel another one, to be compiled for a second and more.
     """
-    return tensor * torch.ops.ssprop.one_after(tensor)
+    return tensor * _one_after_operator(tensor)
 
 
 def channels_last(tensor: Tensor) -> bool:
@@ -139,14 +122,10 @@ def _inverse(order: list[int]) -> list[int]:
     return [order.index(d) for d in range(len(order))]
 
 
-for _name, _kernel, _fake in (
-    ("take", _take, _take),
-    ("places", _places, _places_fake),
-    ("put", _put, _put_fake),
-    ("between_zeros", _between_zeros, _between_zeros_fake),
-    ("one_after", _one_after, _one_after_fake),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    # autograd sees the operations inside, and calls do not pass by its fallback, which takes as long as they do
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"ssprop::{_name}", _fake, lib=_library)
+_take_operator = operators.define("take(Tensor tensor, int dim, Tensor index) -> Tensor", _take, _take)
+_places_operator = operators.define("places(Tensor index, SymInt channels) -> Tensor", _places, _places_fake)
+_put_operator = operators.define("put(Tensor values, Tensor index, SymInt channels, int[] order) -> Tensor", _put, _put_fake)
+_between_zeros_operator = operators.define(
+    "between_zeros(Tensor values, SymInt[] stride, SymInt[] sizes) -> Tensor", _between_zeros, _between_zeros_fake
+)
+_one_after_operator = operators.define("one_after(Tensor tensor) -> Tensor", _one_after, _one_after_fake)

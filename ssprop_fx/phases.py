@@ -128,17 +128,18 @@ class PhaseDispatcher:
         self.record.phases[factors] = key
         if key not in self.by_count:
             start = time.perf_counter()
-            make: Callable[[], GraphModule] = functools.partial(self.lower, counts)
             run = self._load(key)
-            if run is None:
-                lowered = make()
-                make = functools.partial(_given, copy_graph(lowered))  # compilers change what they are given
+            if run is not None:
+                self.record.lowered.put(key, lambda: self.lower(counts))
+            else:
+                lowered = self.lower(counts)
+                given = copy_graph(lowered)  # compilers change what they are given
                 # the compiler's cache knows the names of our operators, not what they do in this version
                 with lowering_context(self.fake_mode), tagged_caches():
                     run = self.compiler(lowered, self.example_inputs)
+                self.record.lowered.put(key, lambda: given)
                 self._keep(key, run)
             self.by_count[key] = run
-            self.record.lowered.put(key, make)
             seconds = self.record.seconds[f"backward {factors}"] = time.perf_counter() - start
             backward_lowered(self.record.index, self.record, factors, lambda: self.record.lowered[key], seconds)
         run = self.by_factor[factors] = self.by_count[key]
@@ -185,10 +186,6 @@ def _digest() -> str:
         for path in sorted(folder.rglob("*.py")):
             found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"ssprop-fx {found.hexdigest()[:16]}"
-
-
-def _given(graph_module: GraphModule) -> GraphModule:
-    return graph_module
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:

@@ -1,6 +1,6 @@
 """Products of matrices whose sum is long and whose result is small: the weight's gradient of a 1×1 convolution.
 
-``ssprop::product`` is the same for compiled graphs: see :mod:`ssprop_fx.gather`.
+For compiled graphs on the CPU it is an operator, ``ssprop::product`` (:mod:`ssprop_fx.operators`).
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._compat import functorch_active
+from . import operators
 
 # 0.55 to 0.9 of the time of the whole product on two cores
 _PARTS, _LEAST_ROWS, _MOST_COLUMNS = 16, 512, 128
-
-_library = torch.library.Library("ssprop", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def product_of_columns(a: Tensor, b: Tensor, compiling: bool = False) -> Tensor:
@@ -28,8 +25,7 @@ def product_of_columns(a: Tensor, b: Tensor, compiling: bool = False) -> Tensor:
     Returns:
         (k, C)
     """
-    operator = compiling and a.device.type == "cpu" and not functorch_active()
-    return torch.ops.ssprop.product(a, b) if operator else _product(a, b)
+    return (_product_operator if operators.wanted(a, compiling) else _product)(a, b)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +45,8 @@ def product_flops(a_shape: torch.Size, b_shape: torch.Size, *_, **__) -> int:
     return 2 * a_shape.numel() * b_shape[-1]
 
 
-_library.impl("product", _product, "CompositeExplicitAutograd")
-# autograd sees the operations inside
-_library.impl("product", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("ssprop::product", lambda a, b: a.new_empty((a.shape[-1], b.shape[-1])), lib=_library)
+def _product_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[-1], b.shape[-1]))
+
+
+_product_operator = operators.define("product(Tensor a, Tensor b) -> Tensor", _product, _product_fake)

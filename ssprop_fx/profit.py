@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .backward import dense_backward, sparse_backward
 from .cost import Call
+from .files import write_json
 from .masking import is_masked
 from .selection import AUTO, Demand, keep_count, plan_counts
 from .timing import take_turns
@@ -174,11 +174,7 @@ def _store() -> dict[str, Any]:
 
 
 def _write(store: dict[str, Any]) -> None:
-    path = _path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"machine": _machine(), "seconds": store}, file)
-        os.replace(file.name, path)  # whoever reads meanwhile sees the old file or the new one
+        write_json(_path(), {"machine": _machine(), "seconds": store})
     except OSError as problem:
         logger.info("timings are not kept: %s", problem)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import functorch_active
+from . import operators
 
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
 # temporary of G's size is made.
@@ -59,13 +59,12 @@ def kept_channels(score: Tensor, groups: int, keep: int, compiling: bool = False
     Args:
         score: (K,); NaN and inf rank first, as ``topk`` orders them.
         groups: the number of groups that choose independently; K is a multiple of it.
-        compiling: for a compiler, which on the CPU has nothing to fuse here, as the operator ``ssprop::kept_channels``.
+        compiling: write what a fusing compiler runs best, on the CPU the operator ``ssprop::kept_channels``.
 
     Returns:
         (groups · keep,) indices into K.
     """
-    operator = compiling and score.device.type == "cpu" and not functorch_active()
-    return (torch.ops.ssprop.kept_channels if operator else _kept_channels)(score, groups, keep)
+    return (_kept_channels_operator if operators.wanted(score, compiling) else _kept_channels)(score, groups, keep)
 
 
 def _kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
@@ -76,14 +75,12 @@ def _kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
     return index.flatten()
 
 
-_library = torch.library.Library("ssprop", "FRAGMENT")
-_library.define("kept_channels(Tensor score, SymInt groups, SymInt keep) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("kept_channels", _kept_channels, "CompositeExplicitAutograd")
-_library.impl("kept_channels", torch.library.fallthrough_kernel, "Autograd")  # whole numbers have no gradient
-torch.library.register_fake(
-    "ssprop::kept_channels",
-    lambda score, groups, keep: score.new_empty((groups * keep,), dtype=torch.int64),
-    lib=_library,
+def _kept_channels_fake(score: Tensor, groups: int, keep: int) -> Tensor:
+    return score.new_empty((groups * keep,), dtype=torch.int64)
+
+
+_kept_channels_operator = operators.define(
+    "kept_channels(Tensor score, SymInt groups, SymInt keep) -> Tensor", _kept_channels, _kept_channels_fake
 )
 
 

@@ -17,8 +17,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ from ._compat import (
     inductor_decompositions,
     inductor_folder,
     inductor_settings,
+    inductor_state,
     load_code,
     lowering_context,
     output_code,
@@ -41,6 +40,7 @@ from ._compat import (
     refuse_to_store,
     unpickle_graph,
 )
+from .files import write_json
 from .phases import PhaseDispatcher, lock
 
 if TYPE_CHECKING:
@@ -187,22 +187,14 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         if not self.stored[0]:  # nobody would ever look
             return
         try:
-            path, (code, guards) = self._note(key), code_key(run)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                try:
-                    json.dump({"key": code, "guards": guards}, file)
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            code, guards = code_key(run)
+            write_json(self._note(key), {"key": code, "guards": guards})
         except Exception as problem:  # it is for the next process, and this one goes on
             logger.info("compiled code of a phase is not noted in the cache: %s", problem)
 
     def _note(self, key: tuple[int, ...]) -> Path:
-        with inductor_settings(self.inductor) as in_force:
-            name = hashlib.sha256(f"{key} {in_force}".encode()).hexdigest()
+        with inductor_settings(self.inductor):
+            name = hashlib.sha256(f"{key} {inductor_state()}".encode()).hexdigest()
         return inductor_folder() / "ssprop_fx" / self.identity / f"{name}.json"
 
 

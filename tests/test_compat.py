@@ -123,11 +123,12 @@ def test_a_graph_goes_through_bytes_with_its_fake_values():
 def test_inductors_settings_are_a_text_and_hold_for_a_time():
     import torch._inductor.config as config
 
-    usual = config.max_fusion_size
-    with _compat.inductor_settings({}) as before, _compat.inductor_settings({"max_fusion_size": 17}) as changed:
+    usual, before = config.max_fusion_size, _compat.inductor_state()
+    with _compat.inductor_settings({"max_fusion_size": 17}):
         assert config.max_fusion_size == 17
+        assert _compat.inductor_state() != before
     assert config.max_fusion_size == usual
-    assert before != changed
+    assert _compat.inductor_state() == before
     assert " at 0x" not in before  # it must be the same in every process
     assert _compat.inductor_folder().is_absolute()
 

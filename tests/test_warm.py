@@ -19,9 +19,11 @@ def net():
 IMAGES = torch.ones(2, 3, 12, 12).add(torch.arange(12.0))
 
 
-def step(run, model):
+def step(run, model, images=IMAGES, backwards=1):
     model.zero_grad()
-    run(IMAGES).square().mean().backward()
+    loss = run(images).square().mean()
+    for left in reversed(range(backwards)):
+        loss.backward(retain_graph=left > 0)
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -174,16 +176,9 @@ def test_a_graph_may_be_run_backwards_again(cold, clock):
     model, policy, _, _ = cold
     for _ in range(2):
         run = compiled(model, policy)
-        for retained in (False, True):
-            model.zero_grad()
-            loss = run(IMAGES).square().mean()
-            for _ in range(2 if retained else 1):
-                loss.backward(retain_graph=retained)
-            grads = [p.grad.clone() for p in model.parameters()]
-            if not retained:
-                once = grads
-        for a, b in zip(grads, once, strict=True):
-            torch.testing.assert_close(a, 2 * b)
+        once = step(run, model)
+        for twice, grad in zip(step(run, model, backwards=2), once, strict=True):
+            torch.testing.assert_close(twice, 2 * grad)
 
 
 def test_a_dense_model_may_be_run_backwards_again_after_plain_inductor(cold, clock):
@@ -192,16 +187,11 @@ def test_a_dense_model_may_be_run_backwards_again_after_plain_inductor(cold, clo
     torch._dynamo.reset()
     once = step(torch.compile(model), model)
     run = compiled(model, {"drop_rate": 0.0})
-    loss = run(IMAGES).square().mean()
-    model.zero_grad()
-    assert record_of(model).backward is None
-    for _ in range(2):
-        loss.backward(retain_graph=True)
-    for p, b in zip(model.parameters(), once, strict=True):
-        torch.testing.assert_close(p.grad, 2 * b)
+    for twice, grad in zip(step(run, model, backwards=2), once, strict=True):
+        torch.testing.assert_close(twice, 2 * grad)
 
 
-def test_a_cache_that_was_cleared_is_filled_again(cold, clock, tmp_path, monkeypatch):
+def test_a_cache_that_was_cleared_is_filled_again(cold, clock, monkeypatch):
     model, policy, expected, _ = cold
     monkeypatch.setattr(warm, "load_code", lambda *_, **__: 1 / 0)  # what was noted is no longer there
     counts, run = Counts(), compiled(model, policy)
@@ -218,11 +208,8 @@ def test_symbolic_sizes_are_compiled_as_ever(tmp_path, monkeypatch):
     run = torch.compile(model, backend="ssprop", options={"policy": policy}, dynamic=True)
     eager = ssprop_fx.transform(model, policy)
     for n in (2, 3):
-        for got, expected in zip(gradients(run, model, n), gradients(eager, model, n), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-def gradients(run, model, n):
-    model.zero_grad()
-    run(IMAGES[:1].expand(n, -1, -1, -1).contiguous()).square().mean().backward()
-    return [p.grad.clone() for p in model.parameters()]
+        images = IMAGES[:1].expand(n, -1, -1, -1).contiguous()
+        for backwards in (1, 2):
+            got, expected = (step(f, model, images, backwards) for f in (run, eager))
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
