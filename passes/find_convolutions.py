@@ -19,6 +19,7 @@ from ssprop_fx.convolutions import (
     conv_kinds,
     spec_of_module,
 )
+from ssprop_fx.cost import as_number
 
 _ATEN = {
     getattr(torch.ops.aten, name).default: spec
@@ -71,12 +72,14 @@ def find_convolutions(
         if match is None:
             continue
         spec, arguments, shape, groups = match
-        if spec is LINEAR and not linear:
+        if (spec is LINEAR and not linear) or _complex(arguments.get("weight")):
             continue
         layer, functional = name_of(node, spec)
         if spec is LINEAR and functional:
             continue
-        kinds = conv_kinds(spec, shape, groups, functional) if shape is not None else frozenset({spec.name})
+        kinds = frozenset({spec.name})
+        if shape is not None:
+            kinds = conv_kinds(spec, tuple(map(as_number, shape)), as_number(example_value(groups)), functional)
         found.append(Convolution(node, spec, arguments, layer, kinds))
     return found
 
@@ -93,6 +96,11 @@ def example_value(node: Any) -> Any:
     if not isinstance(node, Node):
         return node
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _complex(weight: Any) -> bool:
+    value = example_value(weight)
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _match(module: GraphModule, node: Node) -> tuple[ConvSpec, dict[str, Any], Any, int] | None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ssprop_fx import ops
 from ssprop_fx._compat import fake_mode_of, in_memory_order
 from ssprop_fx.backward import sparse_backward
 from ssprop_fx.convolutions import ConvArgs, output_channels
-from ssprop_fx.cost import Call
+from ssprop_fx.cost import Call, as_number
 from ssprop_fx.gather import after, channels_last
 from ssprop_fx.masking import is_masked
 from ssprop_fx.selection import Demand, choices
@@ -32,9 +33,9 @@ def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
     demands = {}
     for node in reversed(backward_nodes(graph_module)):
         grad, input, weight = (_value(a) for a in node.args[:3])
-        args = ConvArgs(*node.args[4:10])
+        geometry = tree_map(lambda arg: as_number(_value(arg)) if isinstance(arg, Node) else arg, node.args[4:10])
         _, drop_rate, criterion, round_to, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
-        call = Call.of(input, weight, grad, args, tuple(node.args[10][:2]))
+        call = Call.of(input, weight, grad, ConvArgs(*geometry), tuple(node.args[10][:2]))
         demands[node] = call.demand(node.name, float(drop_rate), round_to, criterion, gradients)
     return demands
 
@@ -76,45 +77,48 @@ class LowerBackward(PassBase):
     def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
         from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
 
-        grad, input, weight, output = (_value(a) for a in node.args[:4])
-        args, mask = ConvArgs(*node.args[4:10]), node.args[10]
+        # tensors, and whatever of the geometry is a symbolic size
+        flat, structure = tree_flatten(list(node.args[:10]))
+        places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Node)]
+        grad, weight, mask = _value(node.args[0]), _value(node.args[2]), node.args[10]
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
-        tensors = {"grad": grad, "input": input, "weight": weight, "output": output}
-        names = [k for k, v in tensors.items() if v is not None]
+        args = ConvArgs(*tree_map(_value, node.args[4:10]))
         sparse = keep < choices(output_channels(weight.shape, args), args.groups)
         inductor_cpu = bool(self.decompositions) and sparse and weight.dim() > 2 and grad.device.type == "cpu"
 
         def backward(*values):
-            given = dict.fromkeys(tensors) | dict(zip(names, values, strict=True))
+            filled = list(flat)
+            for place, value in zip(places, values, strict=True):
+                filled[place] = value
+            grad, input, weight, output, *geometry = tree_unflatten(filled, structure)
             if inductor_cpu and channels_last(grad):
                 # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
-                given["grad"] = in_memory_order(given["grad"])
+                grad = in_memory_order(grad)
+            ranked = after(grad) if inductor_cpu and not is_masked(criterion) else None
             return sparse_backward(
-                given["grad"],
-                given["input"],
-                given["weight"],
-                given["output"],
-                args,
+                grad,
+                input,
+                weight,
+                output,
+                ConvArgs(*geometry),
                 mask,
                 keep,
                 criterion,
                 gradients,
                 compiling=True,
-                ranked=after(given["grad"]) if inductor_cpu and not is_masked(criterion) else None,
+                ranked=ranked,
             )
 
-        fake_mode = fake_mode_of([v for v in tensors.values() if v is not None])
-        with fake_mode or torch.no_grad(), torch.no_grad():
-            traced = make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(
-                *(tensors[k] for k in names)
-            )
-        self._splice(graph_module, node, traced, dict(zip(names, _present(node.args[:4]), strict=True)), layer)
+        values = [_value(flat[place]) for place in places]
+        with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
+            traced = make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(*values)
+        self._splice(graph_module, node, traced, [flat[place] for place in places], layer)
 
     def _splice(self, graph_module, node, traced, inputs, layer) -> None:
         graph = graph_module.graph
         mapping: dict[Node, Any] = {}
         placeholders = traced.graph.find_nodes(op="placeholder")
-        for placeholder, value in zip(placeholders, inputs.values(), strict=True):
+        for placeholder, value in zip(placeholders, inputs, strict=True):
             mapping[placeholder] = value
         inherited = {
             k: node.meta[k]
@@ -147,10 +151,6 @@ class LowerBackward(PassBase):
                 user.replace_all_uses_with(None)  # type: ignore[arg-type]
             graph.erase_node(user)
         graph.erase_node(node)
-
-
-def _present(args):
-    return [a for a in args if a is not None]
 
 
 def _value(arg: Any) -> Any:

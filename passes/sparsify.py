@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils._pytree import tree_map
 
 from ssprop_fx import ops
-from ssprop_fx.convolutions import ConvArgs, ConvSpec
-from ssprop_fx.selection import AUTO
+from ssprop_fx.convolutions import ConvArgs, ConvSpec, output_channels
+from ssprop_fx.cost import is_number
+from ssprop_fx.selection import AUTO, choices
 
 from .assign_policy import Decision
 from .find_convolutions import current_arguments, example_value
@@ -77,6 +79,20 @@ class Sparsify(PassBase):
         new.meta |= node.meta
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def fix_choices(graph_module: GraphModule) -> None:
+    """Make the number of channels that each ``ssprop.conv`` chooses from a number, where it is a symbol.
+
+    How many to keep is settled once for a graph. The symbol's value now becomes a guard of the graph, and another one compiles
+    another graph: kernels of each sample's own, one channel each, are as many as the batch has samples.
+    """
+    for node in graph_module.graph.find_nodes(op="call_function", target=ops.conv):
+        weight, args = example_value(node.args[1]), ConvArgs(*tree_map(example_value, node.args[3 : ops.SETTINGS_AT]))
+        if weight is not None and not is_number(choices(output_channels(weight.shape, args), args.groups)):
+            for size in weight.shape[:2]:
+                int(size)
+            node.update_arg(ops.SETTINGS_AT - 1, int(args.groups))
 
 
 def _module_arguments(graph_module: GraphModule, node: Node, input: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch._C._functorch import maybe_current_level as _maybe_current_level
+from torch.autograd import forward_ad as _forward_ad
 
 # Names of their own rather than functions around them: they are asked at every convolution call.
 function_modes = torch._C._len_torch_function_stack
@@ -24,6 +25,31 @@ any_autocast = torch._C._is_any_autocast_enabled
 def functorch_active() -> bool:
     """Whether ``torch.func`` (grad, vmap, …) is transforming what runs now."""
     return _maybe_current_level() is not None
+
+
+def in_batch_of_gradients(grad: torch.Tensor) -> bool:
+    """Whether a gradient is one of those that ``torch.autograd.grad(is_grads_batched=True)`` computes together."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def forward_ad_active() -> bool:
+    """Whether forward-mode differentiation is on (dual numbers)."""
+    return _forward_ad._current_level >= 0
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs now was told to ``retain_graph``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what is saved for the backward pass goes through hooks: checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def autocast_disabled() -> contextlib.AbstractContextManager[None]:
+    """No autocast, for any kind of device."""
+    return torch._C._DisableAutocast()
 
 
 def in_backward() -> bool:

@@ -36,7 +36,7 @@ from ._compat import (
 )
 from .allocation import Allocation, allocation_for
 from .convolutions import LINEAR, ConvArgs, run
-from .errors import SSPropError
+from .errors import SSPropError, nearest
 from .logs import graph_rewritten
 from .naming import GraphNames, ModuleIndex
 from .passes import (
@@ -47,6 +47,7 @@ from .passes import (
     verify,
 )
 from .passes.lower_backward import backward_nodes
+from .passes.sparsify import fix_choices
 from .passes.verify import rewritten_layers
 from .phases import LazyGraphs, PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy, Settings
@@ -147,7 +148,8 @@ class CompiledState:
 
 
 _states: weakref.WeakKeyDictionary[Policy, CompiledState] = weakref.WeakKeyDictionary()
-_read: dict[str, Policy] = {}
+_read: dict[str, Policy] = {}  # of graphs without a module
+_read_for: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Policy]] = weakref.WeakKeyDictionary()
 _index = ModuleIndex()
 _lock = threading.RLock()
 
@@ -203,8 +205,20 @@ def ssprop(
     policy, inner = settings.pop("policy", policy), settings.pop("inner", inner)
     if inner not in _INNER:
         raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
-    rewritten, record = rewrite(graph_module, _resolve(policy))
+    _check_options(settings)
+    rewritten, record = rewrite(graph_module, policy)
     return record.shared.guard(_compile(rewritten, example_inputs, record, inner, settings, mode))
+
+
+def _check_options(settings: Iterable[str]) -> None:
+    known = torch._inductor.list_options()
+    for name in settings:
+        if name.replace("-", "_") not in known:
+            near = nearest(name, ("policy", "inner")) or nearest(name, known)
+            raise SSPropError(
+                f"options[{name!r}] is not known; expected policy, inner, or one of torch._inductor.list_options()"
+                + (f"; nearest: {near}" if near else "")
+            )
 
 
 def _compile(
@@ -245,7 +259,7 @@ def _compile(
     return compiled
 
 
-def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModule, GraphRecord]:
+def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tuple[GraphModule, GraphRecord]:
     """The pipeline: find the convolutions, ask the policy, rewrite, verify.
 
     Args:
@@ -256,6 +270,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     # a checkpointed block or a compiled region is a graph inside the graph
     graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
     convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]
+    policy = _resolve(policy, names.roots.values())
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
         raise SSPropError(
@@ -276,6 +291,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
         chosen = [d for d in assigned if d.sparse or d.convolution.spec is not LINEAR]
         already = rewritten_layers(graph)
         Sparsify(chosen, state.allocation.handle)(graph)
+        fix_choices(graph)
         verify(graph, chosen, already)
         decisions += chosen
     roots = [weakref.ref(root) for root in names.roots.values()]
@@ -289,20 +305,21 @@ def rewrite(graph_module: GraphModule, policy: Policy | None) -> tuple[GraphModu
     return graph_module, record
 
 
-def _resolve(policy: Any) -> Policy | None:
-    """The policy of the options; a file or mapping is read once, so that all graphs of a model share its clock."""
+def _resolve(policy: Any, roots: Iterable[torch.nn.Module]) -> Policy | None:
+    """The policy of the options; a file or mapping is read once for a model, so that all its graphs share one clock."""
     if policy is None or isinstance(policy, Policy):
         return policy
     made = as_policy(policy)
-    with _lock:
-        made = _read.setdefault(made.digest, made)
     if made.schedule.clock == "manual" and made.schedule.kind != "constant":
         raise SSPropError(
             "the policy in torch.compile's options has a schedule with a manual clock, and as a path or mapping nobody "
             "holds it to call policy.step(); pass a Policy object (ssprop_fx.Policy.load(...)) and step that, or set "
             "`clock: optimizer` in the schedule"
         )
-    return made
+    with _lock:
+        root = next(iter(roots), None)
+        read = _read if root is None else _read_for.setdefault(root, {})
+        return read.setdefault(made.digest, made)
 
 
 def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: CompiledState) -> None:

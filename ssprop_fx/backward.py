@@ -151,7 +151,7 @@ def _pointwise_backward(
     rows, matrix = grad.permute(last), weight.reshape(weight.shape[:2])
     gi = gw = None
     if mask[0]:
-        gi = (rows.reshape(-1, grad.shape[1]) @ matrix).reshape(*(grad.shape[d] for d in last[:-1]), -1)
+        gi = (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(*rows.shape[:-1], matrix.shape[1])
         gi = between_zeros(gi, args.stride, input.shape[2:], compiling).permute(first)
     if mask[1]:
         seen = input[(slice(None), slice(None), *(slice(None, None, s) for s in args.stride))]

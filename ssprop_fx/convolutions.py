@@ -137,8 +137,10 @@ class ConvSpec:
         if isinstance(padding, str):
             if padding == "valid":
                 padding = (0,) * n
-            else:
+            elif padding == "same" and all(s == 1 for s in stride):
                 input, padding = _pad_same(input, weight, dilation)
+            else:
+                self.call(input, weight, None, stride, padding, dilation, groups, output_padding)  # raises what it always did
         args = ConvArgs(stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups)
         return ConvCall(input, args, unbatched)
 

@@ -106,6 +106,12 @@ def as_number(size: Any) -> int:
     return int(node.hint) if node is not None else int(size)
 
 
+def is_number(size: Any) -> bool:
+    """Whether a size is the same number for all inputs of a graph."""
+    node = getattr(size, "node", None)
+    return node is None or not node.expr.free_symbols
+
+
 def total_bytes(calls: Sequence[Call], keep: Sequence[int] | None = None, gradients: str = "all") -> int:
     """Memory of the output gradients that a layer's calls of a step read; ``keep`` has one entry per call."""
     return sum(c.grad_bytes(None if keep is None else keep[i], gradients) for i, c in enumerate(calls))

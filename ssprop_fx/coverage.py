@@ -70,6 +70,11 @@ class Measurement:
     hidden: dict[str, int] = field(default_factory=dict)
 
     @property
+    def missed_calls(self) -> int:
+        """Convolution backwards of the step that the policy does not reach."""
+        return self.dense - self.sparse - self.dense_by_rule
+
+    @property
     def coverage(self) -> float:
         """Share of the dense step's convolution backwards that the policy reaches."""
         return (self.sparse + self.dense_by_rule) / self.dense if self.dense else 1.0
@@ -86,7 +91,7 @@ class Measurement:
     def __str__(self) -> str:
         return (
             f"measured: {self.sparse} of {self.dense} convolution backwards of a step are sparse, "
-            f"{self.dense_by_rule} dense by rule, {self.dense - self.sparse - self.dense_by_rule} missed"
+            f"{self.dense_by_rule} dense by rule, {self.missed_calls} missed"
         )
 
 

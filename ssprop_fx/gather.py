@@ -71,7 +71,7 @@ def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
     if dim == 0:
         return _select(last, 0, index).permute(back)
-    return _select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], -1).permute(back)
+    return _select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], *index.shape).permute(back)
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:

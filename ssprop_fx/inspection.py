@@ -202,6 +202,9 @@ def _of_transformed(
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
     for owner, count in (measurement.hidden if measurement else {}).items():
         left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
+    unnamed = measurement.missed_calls - sum(measurement.hidden.values()) if measurement else 0
+    if unnamed > 0:
+        left.append(_left_row("#convolution", f"{unnamed} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
@@ -240,6 +243,10 @@ def _innermost(node: Node) -> str:
 # --- compiled models
 
 _HIDDEN = "in code that transform cannot change (scripted by torch.jit?); the backend may reach it"
+_ELSEWHERE = (
+    "made outside of its module's forward: again in the backward pass (use_reentrant=False in checkpoint), in another "
+    "thread, or in a method that is no forward"
+)
 _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
 
 

@@ -43,6 +43,8 @@ def masked(grad: Tensor, output: Tensor | None, ranking: str, groups: int, keep:
     whole = choices(channels, groups)
     if over == "channels_per_sample":
         choosers, count = samples * (channels // whole), keep
+        if choosers == 0:  # no samples
+            return grad
         shape = [samples, channels, *[1] * len(spatial)]
     else:
         shape = [1, 1 if over == "space" else channels, *spatial]
@@ -63,5 +65,5 @@ def _units_second(tensor: Tensor, over: str) -> Tensor:
     if over == "space":
         return tensor.flatten(2).transpose(1, 2)
     if over == "channels_space":
-        return tensor.reshape(tensor.shape[0], -1)
-    return tensor.reshape(1, tensor.shape[0] * tensor.shape[1], -1)
+        return tensor.flatten(1)
+    return tensor.flatten(2).flatten(0, 1).unsqueeze(0)

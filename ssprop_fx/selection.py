@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
         output: the convolution's output, of grad's shape; only ``taylor`` reads it.
         criterion: ``l1`` mean |G| (ssProp, arXiv 2408.12561), ``l2`` root of the sum of squares, ``taylor`` |Σ G·y|
             (Molchanov et al., arXiv 1906.10771), ``random`` uniform noise.
-        sliced: sum slice by slice, which spares memory in eager mode; a compiler fuses better without.
+        sliced: sum slice by slice, which makes no temporary of grad's size; a compiler fuses better without.
 
     Returns:
         (K,), at least float32. Only its order has a meaning.
@@ -34,23 +34,30 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     dims = [d for d in range(grad.dim()) if d != 1]
     if criterion == "l1":
-        if sliced and grad.numel() > 2 * _SLICE and grad.shape[0] > 1:
-            rows = max(1, _SLICE * grad.shape[0] // grad.numel())
-            total = torch.zeros(grad.shape[1], dtype=dtype, device=grad.device)
-            for part in grad.split(rows):
-                total += part.abs().sum(dims, dtype=dtype)
-            return total
-        return grad.abs().sum(dims, dtype=dtype)
+        return _sum(lambda g: g.abs().sum(dims, dtype=dtype), sliced, grad)
     if criterion == "l2":
-        return grad.to(dtype).square().sum(dims)
+        return _sum(lambda g: g.to(dtype).square().sum(dims), sliced, grad)
     if criterion == "taylor":
         assert output is not None
-        return (grad.to(dtype) * output.to(dtype)).sum(dims).abs()
+        return _sum(lambda g, y: (g.to(dtype) * y.to(dtype)).sum(dims), sliced, grad, output).abs()
     if criterion == "random":
         # x·0 is NaN where the sum is not finite, and NaN ranks first
         noise = torch.rand(grad.shape[1], dtype=dtype, device=grad.device)
         return noise + grad.sum(dims, dtype=dtype) * 0
     raise ValueError(f"unknown criterion {criterion!r}: expected l1, l2, taylor or random")
+
+
+def _sum(summed: Callable[..., Tensor], sliced: bool, *tensors: Tensor) -> Tensor:
+    """What ``summed`` makes of tensors (N, K, *spatial), (K,), slice by slice of the batch, or of one sample's space."""
+    shape, size = tensors[0].shape, tensors[0].numel()
+    dim = 0 if shape[0] > 1 else 2
+    if not sliced or size <= 2 * _SLICE or len(shape) <= dim:
+        return summed(*tensors)
+    parts = zip(*(tensor.split(max(1, _SLICE * shape[dim] // size), dim) for tensor in tensors), strict=True)
+    total = summed(*next(parts))
+    for part in parts:
+        total += summed(*part)
+    return total
 
 
 def kept_channels(score: Tensor, groups: int, keep: int, compiling: bool = False) -> Tensor:
@@ -72,7 +79,7 @@ def _kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
     index = score.view(groups, per_group).topk(keep, dim=1).indices.sort(dim=1).values
     if groups > 1:
         index = index + torch.arange(groups, device=score.device).unsqueeze(1) * per_group
-    return index.flatten()
+    return index.reshape(-1)
 
 
 def _kept_channels_fake(score: Tensor, groups: int, keep: int) -> Tensor:

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._compat import any_autocast, constant_when_traced, constants_of_objects, function_modes, functorch_active
+from ._compat import (
+    any_autocast,
+    autocast_disabled,
+    constant_when_traced,
+    constants_of_objects,
+    forward_ad_active,
+    function_modes,
+    functorch_active,
+    in_batch_of_gradients,
+    keeps_graph,
+    saved_tensors_hooked,
+)
 from .allocation import Allocation, observers
 from .backward import sparse_backward
 from .convolutions import NO_SPACE, ConvArgs, ConvSpec, output_channels, run
@@ -90,15 +101,21 @@ def convolve(
         return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
     dense = factor * site.settings.drop_rate <= 0.0 or (site.allocation.stays_dense(site.layer, factor) and not observers)
-    if dense or not _wants_gradient(input, weight, bias):
+    if dense or not _wants_gradient(input, weight, bias) or weight.is_complex():
         if not site.known or function_modes():
             return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
         return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
     if any_autocast():
         input, weight, bias = ops.autocast_arguments(input.device.type, input, weight, bias)
     input, args, unbatched = site.prepare(input, weight, stride, padding, dilation, groups, output_padding)
-    function = _TransformableConvolution if functorch_active() else _Convolution
-    output = function.apply(input, weight, bias, args, site, factor)
+    if functorch_active() or forward_ad_active():
+        output = _TransformableConvolution.apply(input, weight, bias, args, site, factor)
+    elif saved_tensors_hooked() and (input.requires_grad or weight.requires_grad):
+        nodes: list[Any] = []
+        input, weight = _Saved.apply(input, weight, nodes)
+        output = _Convolution.apply(input, weight, bias, args, site, factor, nodes[0])
+    else:
+        output = _Convolution.apply(input, weight, bias, args, site, factor, None)
     return output.squeeze(0) if unbatched else output
 
 
@@ -182,37 +199,77 @@ def _register_formulas() -> bool:
     return True
 
 
-def _backward(ctx, grad, compiling):
-    input, weight, output = ctx.saved_tensors
+def _backward(ctx, grad, output=None):
+    if grad is None:  # nothing that was made of the output had a gradient
+        return (None,) * 7
+    if any_autocast():  # whoever calls backward inside of autocast, the forward has decided on the types
+        with autocast_disabled():
+            return _backward(ctx, grad, output)
+    input, weight, *saved_bias = (ctx.saved or ctx).saved_tensors
     (args, site, factor, has_bias), needs = ctx.call, ctx.needs_input_grad
     settings = site.settings
+    if site.needs_output and output is None:
+        with torch.no_grad():
+            output = run(input, weight, saved_bias[0] if saved_bias else ctx.bias, args)
     keep = site.allocation.keep(
         site.layer, choices(output_channels(weight.shape, args), args.groups), settings.drop_rate, factor, site.round_to
     )
     for observe in observers:
         observe(site.layer)
     mask = (needs[0], needs[1], has_bias and needs[2])
+    # a batch of gradients cannot be written into zeros that are no batch, as is done in eager mode
+    compiling = functorch_active() or in_batch_of_gradients(grad)
     grads = sparse_backward(grad, input, weight, output, args, mask, keep, site.ranking, settings.gradients, compiling)
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
+
+
+class _Saved(torch.autograd.Function):
+    """What a convolution saves, saved before it runs, as PyTorch's own does: a checkpoint that has all it needs stops there.
+
+    A list gets the node that holds it.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, nodes):
+        ctx.save_for_backward(input, weight)
+        ctx.set_materialize_grads(False)
+        nodes.append(ctx)
+        needs = ctx.needs_input_grad
+        return tuple(t.view_as(t) if needed else t.detach() for t, needed in zip((input, weight), needs[:2], strict=True))
+
+    @staticmethod
+    def backward(ctx, input_grad, weight_grad):
+        return input_grad, weight_grad, None
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, args, site, factor):
+    def forward(ctx, input, weight, bias, args, site, factor, saved):
         output = _unseen(run, input, weight, bias, args) if function_modes() else run(input, weight, bias, args)
         if not site.known or site.allocation.wants(site.layer, site.round_to):
             _note(site, input, weight, output, args)
-        ctx.save_for_backward(input, weight, output if site.needs_output else None)
-        ctx.call = args, site, factor, bias is not None
+        ctx.saved = saved
+        if saved is None:
+            ctx.save_for_backward(input, weight)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.output = (args, site, factor, bias is not None), None
+        if site.needs_output:
+            # Neither is saved: an activation in place is free to write over the output, and a checkpoint counts what is
+            # saved, also of a call that is made again as the model's own. What is gone is computed again.
+            ctx.bias = bias
+            ctx.output = (output.detach(), output._version) if saved is None else None
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad, compiling=False)
+        output, version = ctx.output or (None, 0)
+        if output is not None and not keeps_graph():
+            ctx.output = None
+        return _backward(ctx, grad, output if output is not None and output._version == version else None)
 
 
 class _TransformableConvolution(torch.autograd.Function):
-    """For ``torch.func``: five times the call overhead, which is why it is not the only one."""
+    """For ``torch.func`` and forward mode: five times the call overhead, which is why it is not the only one."""
 
     generate_vmap_rule = True
 
@@ -225,12 +282,27 @@ class _TransformableConvolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, args, site, factor = inputs
-        ctx.save_for_backward(input, weight, output if site.needs_output else None)
+        ctx.saved = None
+        ctx.save_for_backward(input, weight, *([bias] if site.needs_output else []))
+        ctx.save_for_forward(input, weight)
+        ctx.set_materialize_grads(False)
         ctx.call = args, site, factor, bias is not None
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad, compiling=True)
+        return _backward(ctx, grad)[:6]
+
+    @staticmethod
+    def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
+        (input, weight), args = ctx.saved_tensors, ctx.call[0]
+        tangent = None
+        if input_tangent is not None or bias_tangent is not None:
+            moved = torch.zeros_like(input) if input_tangent is None else input_tangent
+            tangent = run(moved, weight, bias_tangent, args)
+        if weight_tangent is not None:
+            of_weight = run(input, weight_tangent, None, args)
+            tangent = of_weight if tangent is None else tangent + of_weight
+        return tangent
 
 
 def convolve_module(module: nn.Module, site: Site, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

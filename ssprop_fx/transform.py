@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .sites import Site, convolve_linear_module, convolve_module, convolve_trans
 
 logger = logging.getLogger(__name__)
 
+COMPLEX = "complex numbers: only real convolutions are rewritten"
 SCRIPTED = "inside a module scripted by torch.jit; transform the model before scripting"  # why a layer is left as it is
 
 _RECORD = "_ssprop"  # attribute of a transformed model's root
@@ -104,6 +106,10 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
             continue
         spec = spec_of_module(module, linear=True)
         if spec is not None and name in assigned:
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.is_complex():
+                record.skipped[name] = COMPLEX
+                continue
             _rewrite_module(module, record, name, spec, layers[name], assigned[name])
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
@@ -128,14 +134,24 @@ def transformation_of(model: nn.Module) -> Transformation | None:
 
 
 def as_policy(policy: Policy | str | dict | None) -> Policy:
-    """A policy from whatever a user may hand over."""
+    """A policy from whatever a user may hand over.
+
+    Raises:
+        PolicyError: the file or mapping is invalid.
+        TypeError: it is none of these.
+    """
     if policy is None:
         return Policy()
     if isinstance(policy, Policy):
         return policy
-    if isinstance(policy, dict):
-        return Policy.from_dict(policy)
-    return Policy.load(policy)
+    if isinstance(policy, Mapping):
+        return Policy.from_dict(dict(policy))
+    if isinstance(policy, (str, os.PathLike)):
+        return Policy.load(policy)
+    raise TypeError(
+        f"a policy is a Policy, the path of a policy file, a mapping as in such a file, or None; got {policy!r}"
+        + (f"; for a drop rate, Policy(drop_rate={policy!r})" if isinstance(policy, (int, float)) else "")
+    )
 
 
 def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:

@@ -204,6 +204,78 @@ def test_changing_sizes_of_a_strided_pointwise_convolution():
         assert_same(gradients(run, x), gradients(transformed, x), 1e-4)
 
 
+class ToSize(nn.Module):
+    """The way up of a U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(self.down(x), output_size=x.shape[2:])
+
+
+class ByWidth(nn.Module):
+    """Stride, padding and dilation that follow from the width."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x):
+        size = x.shape[-1]
+        return F.conv2d(x, self.weight, None, size // 4, (size // 2, size // 3), size // 8)
+
+
+class PerSample(nn.Module):
+    """Kernels of each sample's own, as groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.gate = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Linear(3, 1)
+
+    def forward(self, x):
+        n = x.shape[0]
+        kernels = self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None, None] * self.weight
+        return F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1), groups=n).unflatten(1, (n, 6))
+
+
+class PerSampleDepthwise(PerSample):
+    def forward(self, x):
+        n = x.shape[0]
+        kernels = self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None, None] * self.weight[:3, :1]
+        return F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1), groups=3 * n).unflatten(1, (n, 3))
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found dynamic", "dynamic"])
+@pytest.mark.parametrize("make", [ToSize, ByWidth, PerSample, PerSampleDepthwise])
+@pytest.mark.parametrize("front_end", ["backend", "transform, then backend"])
+def test_a_geometry_that_depends_on_the_size_of_the_input(make, dynamic, front_end):
+    model, chosen = make().double(), policy()
+    torch._dynamo.reset()
+    eager = ssprop_fx.transform(model, chosen)
+    options = {"inner": "aot_eager", **({"policy": chosen} if front_end == "backend" else {})}
+    run = torch.compile(model if front_end == "backend" else eager, backend="ssprop", options=options, dynamic=dynamic)
+    for shape in ((4, 3, 16, 16), (4, 3, 16, 16), (3, 3, 17, 17), (5, 3, 24, 24)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_same(gradients(run, x), gradients(eager, x))
+
+
+def test_a_policy_file_has_one_clock_for_each_model(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("drop_rate: 0.5\nround_to: 1\nschedule: {kind: constant, clock: optimizer, warmup: 2}\n")
+    for _ in range(2):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3))
+        run, optimizer = ours(model, str(path)), torch.optim.SGD(model.parameters(), 0.01)
+        dropped = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            run(torch.ones(2, 3, 6, 6)).square().sum().backward()
+            dropped.append(int((model[0].bias.grad == 0).sum()))
+            optimizer.step()
+        assert dropped == [0, 0, 4, 4]
+
+
 def test_two_policies_compile_one_model_apart():
     model, x = model_and_input("2d")
     first, second = policy(), policy(drop_rate=0.75)
@@ -339,8 +411,10 @@ def test_deepcopied_model_compiles_on_its_own():
 
 def test_inductors_options_go_to_inductor_and_to_nobody_else():
     model, x = model_and_input("2d")
-    with pytest.raises(Exception, match="no_such_option"):
+    with pytest.raises(Exception, match=r"no_such_option.* is not known.*torch\._inductor\.list_options"):
         gradients(ours(model, policy(), "inductor", no_such_option=True), x)
+    with pytest.raises(Exception, match=r"polcy.* is not known.*nearest: policy"):
+        gradients(ours(model, policy(), "aot_eager", polcy=policy()), x)
     with pytest.raises(Exception, match=r"max_autotune: options of Inductor"):
         gradients(ours(model, policy(), "aot_eager", max_autotune=True), x)
 

@@ -1,0 +1,234 @@
+"""Autograd's less travelled roads: each leads where it does in the dense model, or where the policy says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssprop_fx
+from ssprop_fx import Policy
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def policy(**changes):
+    return Policy(**({"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant"}} | changes))
+
+
+def net(*layers):
+    return nn.Sequential(*(layers or (nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 1, groups=8)))).double()
+
+
+def gradients(model, x=X):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+SHAPES = {
+    "conv1d": (lambda: nn.Conv1d(3, 8, 3), (0, 3, 8)),
+    "conv2d": (lambda: nn.Conv2d(3, 8, 3), (0, 3, 8, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 8, 3), (0, 3, 8, 8, 8)),
+    "pointwise": (lambda: nn.Conv2d(3, 8, 1), (0, 3, 8, 8)),
+    "strided": (lambda: nn.Conv2d(3, 8, 1, stride=2), (0, 3, 8, 8)),
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2), (0, 4, 8, 8)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (0, 8, 8, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 8, 3), (0, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("form", SHAPES)
+@pytest.mark.parametrize(
+    "changes",
+    [{"criterion": c} for c in ("l1", "l2", "taylor", "random")]
+    + [{"drop_over": d} for d in ("space", "channels_space", "channels_per_sample")],
+    ids=str,
+)
+def test_an_empty_batch_has_gradients_of_zero(form, changes):
+    """A detector's head meets one wherever an image shows nothing."""
+    make, shape = SHAPES[form]
+    model = ssprop_fx.transform(make(), policy(**changes))
+    x = torch.randn(shape, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.shape == shape
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "saved tensors hooked"])
+@pytest.mark.parametrize("inplace", [nn.ReLU(inplace=True), nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True))])
+def test_taylor_ranks_an_output_that_was_written_over(inplace, hooked):
+    convolution = nn.Conv2d(3, 8, 3)
+    expected = gradients(ssprop_fx.transform(net(convolution, nn.ReLU()), policy(criterion="taylor")))
+    convolution.zero_grad()
+    model = ssprop_fx.transform(net(convolution, inplace), policy(criterion="taylor"))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t) if hooked else torch.enable_grad():
+        loss = model(X).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    for p, once, right in zip(model.parameters(), first, expected, strict=True):
+        torch.testing.assert_close(once, right)
+        assert torch.equal(p.grad, 2 * once)
+
+
+def test_taylor_holds_no_output_after_the_backward_pass():
+    model = ssprop_fx.transform(net(nn.Conv2d(3, 8, 3)), policy(criterion="taylor"))
+    output = model(X)
+    node = output.grad_fn
+    assert node.output is not None
+    output.sum().backward()
+    assert node.output is None
+
+
+@pytest.mark.parametrize("front", ["model", "parameters"])
+def test_forward_mode_is_the_dense_models(front):
+    dense = net()
+    sparse, tangents = ssprop_fx.transform(dense, policy()), {k: torch.ones_like(v) for k, v in dense.named_parameters()}
+
+    def derivative(model):
+        with forward_ad.dual_level():
+            if front == "model":
+                return forward_ad.unpack_dual(model(forward_ad.make_dual(X, X.cos()))).tangent
+            duals = {k: forward_ad.make_dual(v.detach().requires_grad_(), tangents[k]) for k, v in dense.named_parameters()}
+            return forward_ad.unpack_dual(torch.func.functional_call(model, duals, (X,))).tangent
+
+    torch.testing.assert_close(derivative(sparse), derivative(dense))
+    ours, theirs = (torch.func.jvp(m, (X,), (X.sin(),)) for m in (sparse, dense))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_bias_alone_may_have_a_tangent():
+    dense = net(nn.Conv2d(3, 8, 3))
+    for model in (dense, ssprop_fx.transform(dense, policy())):
+        with forward_ad.dual_level():
+            bias = forward_ad.make_dual(dense[0].bias.detach().requires_grad_(), torch.arange(8.0).double())
+            tangent = forward_ad.unpack_dual(torch.func.functional_call(model, {"0.bias": bias}, (X,))).tangent
+        assert torch.equal(tangent, torch.arange(8.0).double().view(8, 1, 1).expand_as(tangent))
+
+
+def test_forward_over_reverse_is_the_derivative_of_the_sparse_gradient():
+    model = ssprop_fx.transform(net(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24, 1)), policy())
+    x = X[:1, :1, :4, :4]
+    hessian = torch.func.hessian(lambda v: model(v).sum())(x)
+    torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(lambda v: model(v).sum()))(x))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor"])
+def test_a_batch_of_gradients_is_each_of_them(criterion):
+    model = net(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1, stride=2), nn.ConvTranspose2d(8, 4, 2))
+    model = ssprop_fx.transform(model.to(memory_format=torch.channels_last), policy(criterion=criterion))
+    output = model(X.contiguous(memory_format=torch.channels_last))
+    given = torch.randn(4, *output.shape, dtype=output.dtype)
+    parameters = list(model.parameters())
+    together = torch.autograd.grad(output, parameters, given, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(output, parameters, g, retain_graph=True) for g in given]
+    for ours, theirs in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_where_no_gradient_comes_from_none_goes():
+    """A gradient of zeros would be weight decay's to act upon."""
+    model = ssprop_fx.transform(net(nn.Conv2d(3, 8, 3)), policy())
+    NoGradient.apply(model(X)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_backward_pass_inside_autocast_keeps_the_forwards_types():
+    layer = net(nn.Conv2d(3, 16, 1)).float().to(memory_format=torch.channels_last)
+    model, x = ssprop_fx.transform(layer, policy()), X.float().contiguous(memory_format=torch.channels_last)
+    expected = [g.clone() for g in gradients(model, x)]
+    model.zero_grad()
+    loss = model(x).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss.backward()
+    assert all(torch.equal(p.grad, right) for p, right in zip(model.parameters(), expected, strict=True))
+
+
+def test_complex_convolutions_stay_dense():
+    layer = nn.Conv2d(3, 8, 3, dtype=torch.complex64)
+    model, x = ssprop_fx.transform(layer, policy()), torch.randn(2, 3, 8, 8, dtype=torch.complex64)
+    model(x).abs().square().sum().backward()
+    ours = model.weight.grad.clone()
+    layer.zero_grad()
+    layer(x).abs().square().sum().backward()
+    assert torch.equal(ours, layer.weight.grad)
+    assert ssprop_fx.inspect(model).rows[0].reason == "complex numbers: only real convolutions are rewritten"
+
+
+class Checkpointed(nn.Module):
+    """A block that ends with a convolution, of a module or of a function."""
+
+    def __init__(self, functional, reentrant=False):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.functional, self.reentrant = functional, reentrant
+
+    def block(self, x):
+        x = x.tanh()
+        return F.conv2d(x, self.b.weight, self.b.bias) if self.functional else self.b(x)
+
+    def forward(self, x):
+        return checkpoint(self.block, self.a(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+@pytest.mark.parametrize("functional", [False, True], ids=["module", "functional"])
+def test_a_checkpointed_block_computes_nothing_that_the_dense_one_does_not(functional, criterion):
+    dense = Checkpointed(functional).double()
+    model = ssprop_fx.transform(dense, policy(criterion=criterion))
+    plain = ssprop_fx.transform(nn.Sequential(dense.a, nn.Tanh(), dense.b), policy(criterion=criterion))
+    expected = [g.clone() for g in gradients(plain)]
+    for got, right in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(got, right)
+    forwards = []
+    for m in (dense, model):
+        with FlopCounterMode(display=False) as counter:
+            gradients(m)
+        forwards.append(counter.get_flop_counts()["Global"][torch.ops.aten.convolution])
+    again = criterion == "taylor"  # the output, for the ranking
+    assert forwards[1] - forwards[0] == again * 2 * 2 * 4 * 4 * 8 * 8 * 9
+    report = ssprop_fx.inspect(model, X)
+    assert report.coverage == 1
+
+
+def test_what_a_reentrant_checkpoint_makes_again_outside_of_the_forward_is_told():
+    model = ssprop_fx.transform(Checkpointed(functional=True, reentrant=True).double(), policy())
+    report = ssprop_fx.inspect(model, X)
+    assert report.coverage == 0.5
+    (row,) = [row for row in report.rows if not row.rewritten]
+    assert "use_reentrant=False" in row.reason
+
+
+@pytest.mark.parametrize("padding", ["same", "full"])
+def test_a_padding_that_pytorch_refuses_is_refused(padding):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight, stride=2, padding=padding)
+
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+        ssprop_fx.transform(Padded(), policy())(X.float())
