@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +35,19 @@ def in_batch_of_gradients(grad: torch.Tensor) -> bool:
 def forward_ad_active() -> bool:
     """Whether forward-mode differentiation is on (dual numbers)."""
     return _forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def without_accumulation_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let no hook run when gradients of ``tensors`` have been accumulated: some train the model there and then."""
+    hooks = [(t, t._post_accumulate_grad_hooks) for t in tensors if t._post_accumulate_grad_hooks]
+    for tensor, _ in hooks:
+        tensor._post_accumulate_grad_hooks = {}
+    try:
+        yield
+    finally:
+        for tensor, own in hooks:
+            tensor._post_accumulate_grad_hooks = own
 
 
 def keeps_graph() -> bool:

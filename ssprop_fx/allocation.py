@@ -26,10 +26,10 @@ _numbers = itertools.count()
 class Allocation:
     """The kept channels of one model's layers under one policy, looked up by layer while it trains.
 
-    With ``round_to: auto`` the count of a layer depends on the others (section 3 of the design: the total stays within
-    2 % of what was asked), so layers announce their demand when they run forward and the counts are settled at the
-    first backward pass of a phase. With ``profitable: auto`` they say enough for being timed, too. ``handle`` names the
-    allocation in graphs; ``losses`` holds, by factor and layer, why a layer stays dense.
+    With ``round_to: auto`` the count of a layer depends on the others (the total stays within 2 % of what was asked), so
+    layers announce their demand when they run forward and the counts are settled at the first backward pass of a phase. With
+    ``profitable: auto`` they say enough for being timed, too. ``handle`` names the allocation in graphs; ``losses`` holds, by
+    factor and layer, why a layer stays dense.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -75,7 +75,8 @@ class Allocation:
             return keep_count(drop_rate * factor, channels, round_to)
         plan = self._plans.get(factor)
         if plan is None:
-            demands = [replace(d, drop_rate=d.drop_rate * factor) for d in self.demands.values()]
+            # by name, so that neither the order of running nor that of a report decides among equal layers
+            demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(self.demands.items())]
             plan = self.policy.remembered["kept"].get(factor, {})
             if not self.demands.keys() <= plan.keys():
                 plan, self.losses[factor] = settle(demands, self.measures)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ._compat import in_backward, is_compiled
+from ._compat import in_backward, is_compiled, without_accumulation_hooks
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
@@ -56,6 +58,7 @@ class Measurement:
         missed: layer → how many of its convolution backwards no captured graph holds, the function's name, kinds.
         hidden: module → how many convolutions with a gradient its forward makes that can be neither rewritten nor named,
             in code scripted by ``torch.jit`` for instance.
+        elsewhere: convolutions with a gradient that are made while none of the model's forwards runs.
     """
 
     dense: int
@@ -68,11 +71,7 @@ class Measurement:
     layers: dict[str, MeasuredLayer] = field(default_factory=dict, repr=False)
     missed: dict[str, tuple[int, str, frozenset[str]]] = field(default_factory=dict)
     hidden: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def missed_calls(self) -> int:
-        """Convolution backwards of the step that the policy does not reach."""
-        return self.dense - self.sparse - self.dense_by_rule
+    elsewhere: int = 0
 
     @property
     def coverage(self) -> float:
@@ -91,7 +90,7 @@ class Measurement:
     def __str__(self) -> str:
         return (
             f"measured: {self.sparse} of {self.dense} convolution backwards of a step are sparse, "
-            f"{self.dense_by_rule} dense by rule, {self.missed_calls} missed"
+            f"{self.dense_by_rule} dense by rule, {self.dense - self.sparse - self.dense_by_rule} missed"
         )
 
 
@@ -141,8 +140,8 @@ class BackwardCounter(TorchDispatchMode):
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     """Run one dense and one sparse training step and count.
 
-    The loss is the mean square of every floating-point output. Buffers, frozen parameters, gradients and random states
-    are put back.
+    The loss is the mean square of every floating-point output. Buffers, frozen parameters, tensors among the attributes,
+    gradients and random states are put back; hooks that wait for a parameter's gradient do not run.
 
     Args:
         model: transformed, compiled, or both.
@@ -172,9 +171,11 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     if record is not None:
         layers = _measured(record, transformation_of(dense_model), seen)
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
+        elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
         counter.hidden.subtract(_caller(user_model, layer) for layer in record.skipped)  # those have rows of their own
         hidden = dict(+counter.hidden)
-        return Measurement(counter.count, seen.total() - by_rule, by_rule, dict(seen), *flops, layers, hidden=hidden)
+        reached = seen.total() - by_rule, by_rule, dict(seen)
+        return Measurement(counter.count, *reached, *flops, layers, hidden=hidden, elsewhere=elsewhere)
     made, kinds = _made(user_model, example_inputs)
     dense_layers = _under_shared_names(user_model, seen, made)
     by_rule = sum(made[layer] for layer in dense_layers)
@@ -193,7 +194,7 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
     """The convolution backwards of a step by layer, function and kinds of each layer, as ``transform`` would find them."""
     made: Counter[str] = Counter()
     try:
-        model = transform(shared_copy(user_model), Policy(drop_rate=0.5, schedule={"kind": "constant"}))
+        model = transform(shared_copy(user_model, share_listeners=False), Policy(drop_rate=0.5, schedule={"kind": "constant"}))
     except TransformError:  # compiled or scripted parts, which stay as they are
         return made, {}
     with _undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
@@ -276,7 +277,7 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
 
     At a factor of one, layers of drop rate zero are made sparse, to be counted.
     """
-    copied = shared_copy(model)
+    copied = shared_copy(model, share_listeners=False)
     record = transformation_of(copied)
     if record is not None:
         allocation = Allocation(Policy(drop_rate=0.5, schedule={"kind": "constant", "end": factor}))
@@ -289,20 +290,43 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    frozen = [p for p in model.parameters() if not p.requires_grad]  # a codebook that the forward itself moves
-    buffers = [(b, b.detach().clone()) for b in (*model.buffers(), *frozen)]
+    # buffers, attributes, and frozen parameters: a codebook that the forward itself moves
+    state = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in tree_leaves(list(vars(m).values())))]
+    moved = {id(t): _once(t) for t in state if isinstance(t, Tensor) and not t.requires_grad}
+    values = [(t, t.detach().clone()) for t in moved.values()]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _python_random(), without_accumulation_hooks(p for p, _ in grads):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for tensor, value in values:
+                tensor.copy_(value)
         for p, grad in grads:
             p.grad = grad
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A view of a tensor with each place in memory once, of an expanded one."""
+    for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided else ()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+@contextlib.contextmanager
+def _python_random() -> Iterator[None]:
+    """Python's and NumPy's random numbers, put back."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numbers = numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numbers)
 
 
 def _step(model: nn.Module, example_inputs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.fx import Node
@@ -23,7 +23,17 @@ from .policy import Policy
 from .report import Report, Row
 from .sites import Site
 from .tracing import TracedModule, capture
-from .transform import SCRIPTED, Transformation, scripted_convolutions, transform, transformation_of
+from .transform import (
+    COMPLEX,
+    SCRIPTED,
+    Transformation,
+    new_layers,
+    replaced_layers,
+    scripted_convolutions,
+    transform,
+    transformation_of,
+    transformed_parts,
+)
 
 if TYPE_CHECKING:
     from .backend import GraphRecord
@@ -52,7 +62,12 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     """
     from .naming import unwrap
 
-    record = transformation_of(model)
+    record, parts = transformation_of(model), transformed_parts(model)
+    if len(parts) > 1:
+        raise SSPropError(
+            f"{type(model).__name__} holds {len(parts)} parts that were transformed one by one, each under its own record "
+            f"({', '.join(parts)}); inspect each of them, or transform the whole"
+        )
     measurement = None
     if example_inputs is not None:
         measurement = measure(model, example_inputs)
@@ -181,12 +196,16 @@ def _of_transformed(
     compiled = calls_of(records)
     measured = measurement.layers if measurement else {}
     layers: dict[str, Layer] = {}
+    part = model.get_submodule(transformed_parts(model)[0])
+    gone = replaced_layers(part, record)
     for name, site in record.sites.items():
+        if name in gone:
+            continue
         rung = "graph" if name in in_graph else site.rung
         uses = compiled.get(name) or _site_uses(site, measured.get(name))
         layers[name] = Layer(site.spec.name, site.kinds, rung, site.settings, uses)
     for name, m in measured.items():  # functional calls that only the measured step has met
-        if name not in layers:
+        if name not in layers and name not in gone:
             uses = compiled.get(name) or tuple(map(Use, m.calls))
             layers[name] = Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
@@ -200,11 +219,14 @@ def _of_transformed(
         return [_traced_capture(t, layers, arguments.get(t.name)) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
+    new = dict(new_layers(part, record))
+    left += [_left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
     for owner, count in (measurement.hidden if measurement else {}).items():
+        if owner in new:
+            continue
         left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
-    unnamed = measurement.missed_calls - sum(measurement.hidden.values()) if measurement else 0
-    if unnamed > 0:
-        left.append(_left_row("#convolution", f"{unnamed} in a step, {_ELSEWHERE}", kinds=("functional",)))
+    if measurement is not None and measurement.elsewhere:
+        left.append(_left_row("#convolution", f"{measurement.elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
@@ -247,6 +269,7 @@ _ELSEWHERE = (
     "made outside of its module's forward: again in the backward pass (use_reentrant=False in checkpoint), in another "
     "thread, or in a method that is no forward"
 )
+_NEW = "put into the model after transform; transform the original again"
 _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
 
 
@@ -282,10 +305,8 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
     for name, module in model.named_modules():
         spec = spec_of_module(module)
         if spec is not None and name not in layers:
-            m: Any = module
-            kinds = sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
             reason = _OUTSIDE if measurement is None or name in missed else "no backward pass in the measured step"
-            left.append(_left_row(name, reason, spec.name, kinds))
+            left.append(_left_row(name, COMPLEX if _complex(module) else reason, *_kinds(module)))
     left += [_left_row(name, SCRIPTED) for name in scripted_convolutions(model)]
     known = {row.layer for row in left}
     for name, (_, function, of_kinds) in missed.items():
@@ -293,6 +314,17 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
             left.append(_left_row(name, _OUTSIDE, function, sorted(of_kinds)))
     captures = captures_of(records)
     return _report(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
+
+
+def _kinds(module: nn.Module) -> tuple[str, list[str]]:
+    """Function and kinds of a convolution module."""
+    spec, m = spec_of_module(module), cast(Any, module)
+    assert spec is not None
+    return spec.name, sorted(conv_kinds(spec, tuple(m.weight.shape), m.groups))
+
+
+def _complex(module: nn.Module) -> bool:
+    return cast(Any, module).weight.is_complex()
 
 
 def _policy_of(model: nn.Module) -> Policy:

@@ -155,7 +155,7 @@ class PhaseDispatcher:
         """Channels to keep, by node, at one factor per allocation."""
         factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
         demands = []
-        for name, demand in self.demands.items():
+        for name, demand in sorted(self.demands.items(), key=lambda item: self.settings[item[0]][0]):  # by layer, as in eager
             handle = self.settings[name][-1]
             demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
         counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))

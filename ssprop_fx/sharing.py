@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Callable
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,48 +31,200 @@ class _KeepTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def shared_copy(model: nn.Module, tensor_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+def shared_copy(
+    model: nn.Module, tensor_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor, share_listeners: bool = True
+) -> nn.Module:
     """Copy the modules of ``model``, not its tensors.
 
-    Every module becomes a new object of the same class; parameters, buffers and other tensors are the same objects in
-    both. Attributes, hooks and bound methods that refer to modules of the tree refer to the copies. What cannot be
-    copied (a lock, an open file, a process group) is shared, and so are scripted modules, which are opaque to Python.
+    Every module becomes a new object of the same class; parameters, buffers and other tensors, those of modules in plain
+    containers included, are the same objects in both. Attributes, hooks, bound methods, closures and weak references that
+    refer to modules of the tree refer to the copies. What cannot be copied (a lock, an open file, a process group) is
+    shared, and so are scripted modules, which are opaque to Python.
 
     Args:
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
+        share_listeners: whether an object that only a hook refers to (it collects features, say) is the same in both, or is
+            copied, too, so that it does not hear what the copy does.
     """
-    memo: dict[int, Any] = {id(tensor): tensor_copy(tensor) for tensor in _tensors(model)}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = module
-            continue
-        shell = type(module).__new__(type(module)) if _plain_new(module) else object.__new__(type(module))
-        memo[id(module)] = shell
-        pairs.append((module, shell))
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    tree = {id(m) for m in modules}
+    memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+    found = list(_reachable([model]))
+    memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
+    for module in modules:
+        plain_new = type(module).__new__ is object.__new__
+        memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))
+    _redirect(found, tree, memo)
     with _KeepTensors(tensor_copy):
-        for module, shell in pairs:
-            state: dict[str, Any] = {}
-            for key, value in vars(module).items():
-                if key == "_compiled_call_impl":  # belongs to the original's compiled code
-                    continue
-                try:
-                    state[key] = copy.deepcopy(value, memo)
-                except Exception as problem:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
-                    logger.debug("%s.%s is shared, not copied: %r", type(module).__name__, key, problem)
-                    state[key] = value
-            vars(shell).update(state)
+        for hooks in (False, True):  # an object that an attribute refers to, too, is copied with that
+            for module in modules:
+                state = vars(memo[id(module)])
+                for key, value in vars(module).items():
+                    if key == "_compiled_call_impl" or _is_hooks(key, value) != hooks:  # the first is of compiled code
+                        continue
+                    if hooks and share_listeners:
+                        _share_listeners(value.values(), memo)
+                    state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}")
+    for module in modules:  # in the order that the original has them
+        state = vars(memo[id(module)])
+        for key in vars(module):
+            if key in state:
+                state[key] = state.pop(key)
     return memo[id(model)]
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    found = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        for value in vars(module).values():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            found += [item for item in items if isinstance(item, Tensor)]
-    return found
+def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
+    if isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
+        return memo.get(id(value), value)
+    before = set(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
+        _forget(memo, before)
+        for leaf in _reachable([value]):
+            if not hasattr(leaf, "__dict__") and id(leaf) not in memo and not _copies(leaf):
+                memo[id(leaf)] = leaf
+    before = set(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as problem:
+        _forget(memo, before)
+        held = any(id(found) in tree for found in _reachable([value]))
+        level = logging.WARNING if held else logging.DEBUG
+        logger.log(
+            level,
+            "%s is shared, not copied%s: %r",
+            name,
+            ", and what it calls of the model is the original, untransformed" if held else "",
+            problem,
+        )
+        return value
 
 
-def _plain_new(module: nn.Module) -> bool:
-    return type(module).__new__ is object.__new__
+def _forget(memo: dict[int, Any], before: set[int]) -> None:
+    """Take the halves of copies that failed out of the memo."""
+    for key in set(memo) - before - {id(memo)}:
+        del memo[key]
+
+
+def _copies(leaf: Any) -> bool:
+    try:
+        copy.deepcopy(leaf)
+    except Exception:
+        return False
+    return True
+
+
+def _reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
+    """What a deep copy would come to, and what functions have in their closures.
+
+    Args:
+        objects: look into modules and other objects, too, not only into containers, methods and functions.
+    """
+    stack, seen = deque(roots), set()
+    keep = []  # what lives no longer could share its identity with another object
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, str, bytes, int, float, complex, type(None))):
+            continue
+        seen.add(id(value))
+        keep.append(value)
+        yield value
+        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
+            continue
+        if isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            stack.extend(value)
+        elif isinstance(value, functools.partial):
+            stack.extend((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            stack.append(value.__self__)
+        elif isinstance(value, types.FunctionType):
+            stack.extend(_contents(value))
+        if objects and not isinstance(value, types.FunctionType):
+            stack.extend(getattr(value, "__dict__", {}).values())
+
+
+def _contents(function: types.FunctionType) -> list[Any]:
+    """What a function has in its closure and as defaults."""
+    cells = function.__closure__ or ()
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *map(_held, cells)]
+
+
+def _held(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def _redirect(found: Iterable[Any], tree: set[int], memo: dict[int, Any]) -> None:
+    """Put functions and weak references into the memo that refer to the copies where the originals refer to the tree."""
+    for ref in found:
+        if isinstance(ref, weakref.ref) and id(ref()) in tree:
+            memo[id(ref)] = weakref.ref(memo[id(ref())])
+    functions = [f for f in found if isinstance(f, types.FunctionType) and any(_names(c, tree) for c in _contents(f))]
+    cells: list[tuple[Any, Any]] = []
+    for f in functions:
+        closure = []
+        for cell in f.__closure__ or ():
+            if id(cell) not in memo and _names(_held(cell), tree):
+                memo[id(cell)] = types.CellType()
+                cells.append((memo[id(cell)], cell))
+            closure.append(memo.get(id(cell), cell))
+        new = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(closure) or None)
+        new.__kwdefaults__, new.__qualname__, new.__module__ = f.__kwdefaults__, f.__qualname__, f.__module__
+        new.__dict__.update(f.__dict__)
+        memo[id(f)] = new
+    for new_cell, cell in cells:
+        new_cell.cell_contents = _replaced(cell.cell_contents, memo)
+    for f in functions:
+        new = memo[id(f)]
+        new.__defaults__ = _replaced(f.__defaults__, memo)
+        new.__kwdefaults__ = _replaced(f.__kwdefaults__, memo)
+
+
+def _names(value: Any, tree: set[int]) -> bool:
+    """Whether a value is a module of the tree, a method of one, or a plain container or function that holds one."""
+    return any(id(found) in tree for found in _reachable([value], objects=False))
+
+
+def _replaced(value: Any, memo: dict[int, Any]) -> Any:
+    """The value with the copies in place of the modules that it names; all else in it is the same object."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_replaced(v, memo) for v in value)
+    if type(value) is dict:
+        return {k: _replaced(v, memo) for k, v in value.items()}
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, _replaced(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        func, args, keywords = (_replaced(v, memo) for v in (value.func, value.args, value.keywords))
+        return type(value)(func, *args, **keywords)
+    return value
+
+
+def _is_hooks(key: str, value: Any) -> bool:
+    return key.endswith("_hooks") and isinstance(value, dict)
+
+
+def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
+    for hook in hooks:
+        if isinstance(hook, types.MethodType):
+            listeners: Iterable[Any] = (hook.__self__,)
+        elif isinstance(hook, functools.partial):
+            _share_listeners((hook.func,), memo)
+            listeners = (*hook.args, *hook.keywords.values())
+        elif hasattr(hook, "with_module"):  # PyTorch's wrapper of a state_dict hook, which knows its module
+            _share_listeners((hook.hook,), memo)
+            listeners = ()
+        else:
+            listeners = (hook,)
+        for listener in listeners:
+            if not isinstance(listener, (nn.Module, types.MethodType, functools.partial)):
+                memo.setdefault(id(listener), listener)
+
+
+__all__ = ["shared_copy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -133,6 +134,37 @@ def transformation_of(model: nn.Module) -> Transformation | None:
     return None
 
 
+def transformed_parts(model: nn.Module) -> list[str]:
+    """Names of the modules that ``transform`` was called on, inside a model or the model itself."""
+    return [name for name, module in model.named_modules() if _RECORD in vars(module)]
+
+
+def replaced_layers(model: nn.Module, record: Transformation) -> set[str]:
+    """Names of the layers that are no longer the modules that ``transform`` rewrote, taken out or replaced since.
+
+    Args:
+        model: what ``record`` is of.
+    """
+    live = {site for module in model.modules() for site in _sites_of(module)}
+    return {name for name, site in record.sites.items() if site.rung == "module" and site not in live}
+
+
+def new_layers(model: nn.Module, record: Transformation) -> Iterator[tuple[str, nn.Module]]:
+    """The convolution modules, with their names, that were put in since ``transform``."""
+    for name, module in model.named_modules():
+        if spec_of_module(module) is not None and name not in record.skipped and not list(_sites_of(module)):
+            yield name, module
+
+
+def _sites_of(module: nn.Module) -> Iterator[Site]:
+    for key in ("forward", "_conv_forward"):
+        bound = vars(module).get(key)
+        for argument in bound.args if isinstance(bound, functools.partial) else ():
+            site = argument.own if isinstance(argument, CallSites) else argument
+            if isinstance(site, Site):
+                yield site
+
+
 def as_policy(policy: Policy | str | dict | None) -> Policy:
     """A policy from whatever a user may hand over.
 
@@ -224,22 +256,39 @@ def _rewrite_module(
     cls: Any = type(module)
     base: Any = spec.module
     if spec is LINEAR and "forward" not in vars(module):
-        vars(module)["forward"] = functools.partial(convolve_linear_module, module, site)
+        _replace_forward(module, functools.partial(convolve_linear_module, module, site))
     elif (
         spec is not LINEAR
         and not spec.transposed
         and cls._conv_forward is base._conv_forward
+        and "_conv_forward" not in vars(module)
         and not may_call_convolution(module)
     ):
         vars(module)["_conv_forward"] = functools.partial(convolve_module, module, site)
     elif spec.transposed and cls.forward is base.forward and "forward" not in vars(module):
-        vars(module)["forward"] = functools.partial(convolve_transposed_module, module, site)
+        _replace_forward(module, functools.partial(convolve_transposed_module, module, site))
     else:
         _intercept(module, CallSites(name, record.add_functional, own=site))
 
 
 def _intercept(module: nn.Module, call_sites: CallSites) -> None:
-    vars(module)["forward"] = Intercepted(run_intercepted, call_sites, module.forward)
+    _replace_forward(module, Intercepted(run_intercepted, call_sites, module.forward))
+
+
+def _replace_forward(module: nn.Module, forward: functools.partial) -> None:
+    vars(module)["forward"] = forward
+    vars(module)["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A replica for ``nn.DataParallel``, whose forward is not that of the module which it is a replica of."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    forward = vars(module)["forward"]
+    arguments = [replica if a is module else a for a in forward.args]
+    if isinstance(forward, Intercepted) and getattr(arguments[1], "__self__", None) is module:
+        arguments[1] = types.MethodType(arguments[1].__func__, replica)
+    vars(replica)["forward"] = type(forward)(forward.func, *arguments)
+    return replica
 
 
 def _refuse(model: Any) -> None:

@@ -1,0 +1,265 @@
+"""The copy that ``transform`` makes: modules are new, tensors are the same, and what refers to a module refers to the new one."""
+
+import functools
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import ssprop_fx
+from ssprop_fx import Policy, inspect, transform
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def policy(**changes):
+    return Policy(**({"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant"}} | changes))
+
+
+class Hiding(nn.Module):
+    """Modules and parameters where ``named_modules`` does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(3, 8, 3), [nn.Conv2d(8, 8, 1)]
+        self.table = {"a": {"b": nn.Parameter(torch.ones(1))}, "c": [[nn.Parameter(torch.ones(1))]]}
+
+    def forward(self, x):
+        return self.hidden[0](self.conv(x)) * self.table["a"]["b"] + self.table["c"][0][0]
+
+
+def test_tensors_of_modules_in_plain_containers_are_shared():
+    original = Hiding()
+    model = transform(original, policy())
+    assert model.hidden[0] is not original.hidden[0]
+    assert model.hidden[0].weight is original.hidden[0].weight
+    assert model.table["a"]["b"] is original.table["a"]["b"]
+    assert model.table["c"][0][0] is original.table["c"][0][0]
+    optimizer = torch.optim.SGD([*original.parameters(), *original.hidden[0].parameters()], 0.1)
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model(X), original(X))
+
+
+class Listener:
+    def __init__(self, layer):
+        self.heard = []
+        layer.register_forward_hook(self.hear)
+
+    def hear(self, module, arguments, output):
+        self.heard.append(module)
+
+
+class CallableListener(Listener):
+    def __init__(self, layer):
+        self.heard = []
+        layer.register_forward_hook(self)
+
+    __call__ = Listener.hear
+
+
+class PartialListener:
+    def __init__(self, layer):
+        self.heard = []
+        layer.register_forward_hook(functools.partial(self.hear, self.heard))
+
+    @staticmethod
+    def hear(heard, module, arguments, output):
+        heard.append(module)
+
+
+@pytest.mark.parametrize("listener", [Listener, CallableListener, PartialListener])
+def test_whoever_listens_to_a_layer_hears_its_copy_and_nothing_of_an_inspection(listener):
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    outside = listener(original[0])
+    model = transform(original, policy())
+    inspect(model, X)
+    assert outside.heard == []
+    model(X)
+    assert outside.heard == [model[0]]
+
+
+class Inside(nn.Module):
+    """Listens to its own layer; an attribute refers to the listener, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.listener = Listener(self.conv)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_listener_of_the_models_own_is_copied_with_it():
+    original = Inside()
+    model = transform(original, policy())
+    model(X)
+    assert (len(model.listener.heard), len(original.listener.heard)) == (1, 0)
+
+
+class Helper:
+    def __init__(self, owner):
+        self.owner, self.lock = owner, threading.Lock()
+
+    def __call__(self, x):
+        with self.lock:
+            return self.owner.bn(self.owner.conv(x))
+
+
+class Roundabout(nn.Module):
+    """Comes to its layers through something that refers to the model itself."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        conv = self.conv
+        self.call = {
+            "closure": lambda x: self.bn(self.conv(x)),
+            "closure of a method": self._closure(self.both),
+            "closure of a layer": lambda x: self.bn(conv(x)),
+            "default": lambda x, model=self: model.both(x),
+            "object with a lock": Helper(self),
+            "partial": functools.partial(lambda model, x: model.both(x), self),
+        }[how]
+
+    @staticmethod
+    def _closure(method):
+        return lambda x: method(x)
+
+    def both(self, x):
+        return self.bn(self.conv(x))
+
+    def forward(self, x):
+        return self.call(x)
+
+
+WAYS = ("closure", "closure of a method", "closure of a layer", "default", "object with a lock", "partial")
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_roundabout_ways_lead_to_the_copy(how):
+    original = Roundabout(how)
+    model = transform(original, policy(rules=[{"layers": "conv", "drop_rate": 0.75}]))
+    model(X).square().sum().backward()
+    assert int((original.conv.weight.grad.flatten(1).abs().sum(1) > 0).sum()) == 2
+    model.eval()
+    assert original.bn.training
+    assert torch.equal(model(X), original.eval()(X))
+    report = inspect(model.train(), X)
+    assert [row.layer for row in report.rows] == ["conv"]
+    original.conv.weight.grad = None
+    original.train()(X).square().sum().backward()
+    assert (original.conv.weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_weak_reference_to_the_model_is_one_to_the_copy():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    original.parent = original[0].parent = weakref.ref(original)
+    model = transform(original, policy())
+    assert model.parent() is model
+    assert model[0].parent() is model
+    assert original.parent() is original
+
+
+class Uncopyable:
+    def __init__(self, model):
+        self.model = model
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("one of its kind")
+
+
+def test_what_cannot_be_copied_and_refers_to_the_model_is_named(caplog):
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    original.helper = Uncopyable(original)
+    with caplog.at_level(logging.WARNING, "ssprop_fx"):
+        model = transform(original, policy())
+    assert model.helper is original.helper
+    assert "Sequential.helper is shared, not copied" in caplog.text
+
+
+def test_a_convolution_whose_forward_was_replaced_on_the_instance_keeps_that():
+    convolution = nn.Conv2d(3, 8, 3)
+    usual = convolution._conv_forward
+    convolution._conv_forward = lambda x, weight, bias: usual(x, weight * 0.5, bias)
+    original = nn.Sequential(convolution)
+    model = transform(original, policy())
+    assert torch.equal(model(X), original(X))
+    model(X).square().sum().backward()
+    assert int((convolution.weight.grad.flatten(1).abs().sum(1) > 0).sum()) == 4
+
+
+def test_a_layer_that_was_replaced_is_told_as_dense():
+    model = transform(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), policy())
+    model[1] = nn.Conv2d(8, 4, 1)
+    for report in (inspect(model), inspect(model, X)):
+        assert [(row.layer, row.rewritten) for row in report.rows] == [("0", True), ("1", False)]
+        assert "after transform" in report.rows[1].reason
+    assert report.coverage == 0.5
+
+
+def test_parts_transformed_one_by_one_are_inspected_one_by_one():
+    parts = [transform(nn.Sequential(nn.Conv2d(c, 8, 3)), policy()) for c in (3, 8)]
+    with pytest.raises(ssprop_fx.SSPropError, match=r"2 parts.*\(0, 1\)"):
+        inspect(nn.Sequential(*parts))
+    assert inspect(parts[0], X).coverage == 1
+
+
+def test_an_inspection_trains_nothing_and_puts_back_what_it_moved():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.count, self.seen = nn.Conv2d(3, 8, 3), torch.zeros(1), {"a": torch.zeros(1)}
+            self.register_buffer("wide", torch.zeros(1, 1, 1, 1).expand(1, 8, 1, 1))
+
+        def forward(self, x):
+            self.count += 1
+            self.seen["a"] += 1
+            return self.conv(x) + self.wide
+
+    model, calls = transform(Moving(), policy()), []
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+
+    def train(parameter):
+        calls.append(parameter)
+        optimizers[parameter].step()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(train)
+    before = model.conv.weight.detach().clone()
+    inspect(model, X)
+    assert torch.equal(model.conv.weight, before)
+    assert not calls
+    assert float(model.count) == float(model.seen["a"]) == 0
+    model(X).sum().backward()
+    assert len(calls) == 2
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.weight = nn.ConvTranspose2d(3, 8, 2, stride=2), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.up(x), self.weight)
+
+
+def test_a_replica_for_data_parallel_runs_on_its_own_tensors():
+    """As ``torch.nn.parallel.replicate`` makes one, which needs several accelerators to be asked itself."""
+
+    def replica_of(model):
+        replica, up = model._replicate_for_data_parallel(), model.up._replicate_for_data_parallel()
+        replica._modules = {"up": up}
+        up.weight, up.bias, replica.weight = model.up.weight * 2, model.up.bias * 3, model.weight * 5
+        return replica
+
+    original = Functional()
+    model = transform(original, policy())
+    replica = replica_of(model)
+    assert torch.equal(replica(X), replica_of(original)(X))
+    replica(X).square().sum().backward()
+    assert int((original.weight.grad.flatten(1).abs().sum(1) > 0).sum()) == 4
