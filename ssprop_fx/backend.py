@@ -271,6 +271,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
     convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]
     policy = _resolve(policy, names.roots.values())
+    _refuse_functorch(graphs, any(convolutions))
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
         raise SSPropError(
@@ -303,6 +304,21 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     state.records.append(record)
     graph_rewritten(record.index, record)
     return graph_module, record
+
+
+def _refuse_functorch(graphs: Sequence[GraphModule], convolves: bool) -> None:
+    """An operator with a backward pass of its own cannot take part in what ``torch.func`` makes of a traced forward pass."""
+    called = {getattr(node.target, "__name__", "") for graph in graphs for node in graph.graph.nodes}
+    if "_jvp_increment_nesting" in called and (convolves or any(map(rewritten_layers, graphs))):
+        raise SSPropError(
+            "torch.func.jvp of convolutions inside compiled code: the operator has no forward-mode derivative; leave it out of "
+            "torch.compile, where ssprop_fx.transform(model, policy) supports it"
+        )
+    if "_grad_increment_nesting" in called and convolves:
+        raise SSPropError(
+            "torch.func.grad or vjp of convolutions inside compiled code: call ssprop_fx.transform(model, policy) first and "
+            "compile the function of its result"
+        )
 
 
 def _resolve(policy: Any, roots: Iterable[torch.nn.Module]) -> Policy | None:

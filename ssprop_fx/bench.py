@@ -142,7 +142,9 @@ def bench(
     """
     for arm in arms:
         if arm not in ARMS:
-            raise SSPropError(f"{arm!r} is no arm; expected some of {', '.join(ARMS)}; nearest: {nearest(arm, ARMS)}")
+            near = nearest(arm, ARMS)
+            hint = f"; nearest: {near}" if near else ""
+            raise SSPropError(f"{arm!r} is no arm; expected some of {', '.join(ARMS)}{hint}")
     policy = at_factor(policy or Policy(), 1.0)
     names = list(dict.fromkeys([*dict.fromkeys(base_of(arm) for arm in arms), *arms]))
     runs: dict[str, _Run] = {}

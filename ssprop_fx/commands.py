@@ -16,7 +16,7 @@ import ssprop_fx
 
 from . import demo as demonstration
 from .errors import PolicyError, SSPropError
-from .models import FORMS, NameProblem, load_model, make_input
+from .models import FORMS, NameProblem, first_line, load_model, make_input
 from .policy import Policy
 from .tables import comparison, report_table
 
@@ -227,8 +227,7 @@ def inspect(
         raise typer.BadParameter(str(problem)) from None
     if compiled and not inputs:
         raise typer.BadParameter("--compile needs --input: a graph is captured when the model runs")
-    for _ in range(step):
-        chosen.step()
+    chosen.load_state_dict({**chosen.state_dict(), "steps": step})
     try:
         report = _report(ssprop_fx.transform(original, chosen), inputs, compiled)
     except SSPropError:
@@ -256,7 +255,3 @@ def _report(model: Any, inputs: tuple, compiled: bool) -> ssprop_fx.Report:
 
 def read_policy(file: Path | None) -> Policy:
     return Policy() if file is None else Policy.load(file)
-
-
-def first_line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).partition("\n")[0]

@@ -91,6 +91,11 @@ class Checked(BaseModel):
         if problems:
             raise PolicyError(problems)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            raise AttributeError(f"{type(self).__name__}.{name} does not change; make another {type(self).__name__}")
+        super().__setattr__(name, value)
+
     @classmethod
     def _relations(cls, data: Mapping[str, Any], broken: Collection[str]) -> list[Problem]:
         """Problems between keys, found even while the keys named in ``broken`` have problems of their own."""
@@ -98,6 +103,13 @@ class Checked(BaseModel):
 
 
 def _translate(error: ValidationError, model: type[Checked], data: Mapping[str, Any]) -> Iterator[Problem]:
+    problems = list(_problems(error, model, data))
+    for problem in problems:  # of a list, its items say it better
+        if not any(other.key.startswith(f"{problem.key}[") for other in problems):
+            yield problem
+
+
+def _problems(error: ValidationError, model: type[Checked], data: Mapping[str, Any]) -> Iterator[Problem]:
     schema = model.model_json_schema()
     where = f"{model.__name__}(...)"
     seen = set()
@@ -133,6 +145,8 @@ def _translate(error: ValidationError, model: type[Checked], data: Mapping[str, 
             expected = _expectation(key.rpartition(".")[2], rule, schema)
             near = _suggestion(value, rule)
             step = _next_step(value, near)
+            if near is None and expected.startswith("text") and isinstance(value, (int, float)):
+                step = f'quote it: "{_text(value)}"'
             if outside and near is None and "exclusiveMaximum" in rule:
                 step = "write the share, such as 0.8 for 80 %"
             yield Problem(where, key, what, expected, step, near)
@@ -151,7 +165,7 @@ def _next_step(value: Any, near: str | None) -> str:
         return "write a value of that form"
     if isinstance(value, str):
         return f"write {near} without quotes" if _is_number(near) else f"write {near}"
-    percentage = _is_number(near) and float(near) == value / 100
+    percentage = isinstance(value, (int, float)) and _is_number(near) and float(near) * 100 == value
     return f"write {near} for {_text(value)} %" if percentage else f"write {near}"
 
 
@@ -193,6 +207,8 @@ def _suggestion(value: Any, rule: dict[str, Any]) -> str | None:
     numeric = next((branch for branch in branches if branch.get("type") in ("integer", "number")), None)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
+    if numeric is not None and isinstance(value, str) and value.strip().endswith("%"):
+        value = value.strip()[:-1]
     if numeric is None or not _is_number(value):
         return nearest(str(value), filter(None, names))
     number = float(value)
@@ -208,7 +224,7 @@ def _suggestion(value: Any, rule: dict[str, Any]) -> str | None:
 
 def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(float(value))
+        return math.isfinite(float(value)) and "_" not in str(value)
     except (TypeError, ValueError, OverflowError):
         return False
 

@@ -31,15 +31,25 @@ def load_model(name: str) -> nn.Module:
             file, a callable without arguments that returns a module, or a module itself.
 
     Raises:
-        NameProblem: no such library, module, file, model or callable, or what it gives is no ``nn.Module``.
+        NameProblem: no such library, module, file, model or callable, or it fails, or what it gives is no ``nn.Module``.
     """
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise NameProblem(f"{name!r} names no model; expected {FORMS}")
-    model = _LIBRARIES.get(source, _from_python)(source, attribute)
+    try:
+        model = _LIBRARIES.get(source, _from_python)(source, attribute)
+    except NameProblem:
+        raise
+    except (Exception, SystemExit) as problem:  # the user's own code may raise anything
+        raise NameProblem(f"{name} fails: {type(problem).__name__}: {first_line(problem)}") from problem
     if not isinstance(model, nn.Module):
         raise NameProblem(f"{name} gave {type(model).__name__}, not a torch.nn.Module")
     return model.train()
+
+
+def first_line(problem: BaseException) -> str:
+    """What an exception says, in a line."""
+    return (str(problem) or type(problem).__name__).partition("\n")[0]
 
 
 def make_input(shape: str) -> Tensor:
@@ -51,7 +61,10 @@ def make_input(shape: str) -> Tensor:
     sizes = shape.lower().replace("×", "x").split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise NameProblem(f"{shape!r} is no shape; expected whole numbers joined by x, such as 1x3x224x224")
-    return torch.randn([int(size) for size in sizes])
+    try:
+        return torch.randn([int(size) for size in sizes])
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as problem:
+        raise NameProblem(f"an input of {shape} cannot be made: {first_line(problem)}") from None
 
 
 def _from_torchvision(library: str, name: str) -> Any:
@@ -106,7 +119,7 @@ def _imported(name: str, next_step: str) -> ModuleType:
     except ModuleNotFoundError as problem:
         if problem.name is None or not f"{name}.".startswith(f"{problem.name}."):
             raise  # the module is there; something that it imports is not
-        raise NameProblem(f"there is no module {problem.name!r}; {next_step}") from None
+        raise NameProblem(f"there is no module {problem.name!r}{_hint(name, list(_LIBRARIES))}; {next_step}") from None
 
 
 def _unknown(source: str, name: str, names: list[str]) -> NameProblem:

@@ -19,6 +19,7 @@ from .allocation import allocation_for, live_allocation, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
 from .cost import Call
+from .errors import SSPropError
 from .masking import is_masked
 from .products import product_flops
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
@@ -121,6 +122,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     return (*(g if m else None for g, m in zip(grads, mask, strict=True)), *[None] * len(rest))
 
 
+def _no_double_backward(ctx: Any, *grads: Any) -> tuple:
+    raise SSPropError(
+        "double backward through compiled code is not supported; leave what differentiates twice out of torch.compile, "
+        "where ssprop_fx.transform supports it"
+    )
+
+
 def _autocast(device_type: str, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     input, weight, bias = autocast_arguments(device_type, input, weight, bias)
     with torch.amp.autocast(device_type, enabled=False):
@@ -145,6 +153,7 @@ _library.impl("conv_backward", _conv_backward_kernel, "CompositeExplicitAutograd
 torch.library.register_fake("ssprop::conv", _conv_fake, lib=_library)
 torch.library.register_fake("ssprop::conv_backward", _conv_backward_fake, lib=_library)
 torch.library.register_autograd("ssprop::conv", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("ssprop::conv_backward", _no_double_backward, lib=_library)
 for _device in ("cpu", "cuda", "xpu", "mps"):
     _library.impl("conv", functools.partial(_autocast, _device), f"Autocast{_device.upper()}")
 

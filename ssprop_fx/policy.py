@@ -83,6 +83,11 @@ class Policy:
         text = json.dumps(self.to_dict(), sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Contents.model_fields or isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(f"a policy's {name} does not change; make another policy: {type(self).__name__}({name}=...)")
+        object.__setattr__(self, name, value)
+
     def __getattr__(self, name: str) -> Any:
         if name in Contents.model_fields:
             return getattr(self._contents, name)
@@ -219,17 +224,19 @@ class Policy:
         counts = state.get("counts") if isinstance(state, Mapping) else None
         if counts is not None:
             state = {key: value for key, value in state.items() if key != "counts"}
-            if not isinstance(counts, Mapping) or not {"digest", "flops", "kept"} <= counts.keys():
+            try:
+                of = counts["digest"]
+                loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
+            except (KeyError, TypeError, ValueError):
                 what = "the counts are not what state_dict() returned"
                 where, step = "policy.load_state_dict(...)", "load what policy.state_dict() returned"
-                raise PolicyError([Problem(where, "counts", what, "a mapping with the keys digest, flops, kept", step)])
+                expected = "a mapping with the keys digest, flops, kept"
+                raise PolicyError([Problem(where, "counts", what, expected, step)]) from None
         self._clock.load_state_dict(state)
-        if counts is not None and counts["digest"] == self.digest:
-            loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
-            if loaded != settled(self):
-                self.remembered = loaded
-                for live in allocations_of(self):
-                    live.forget()
+        if counts is not None and of == self.digest and loaded != settled(self):
+            self.remembered = loaded
+            for live in allocations_of(self):
+                live.forget()
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -237,11 +244,12 @@ class Policy:
         return policy_file.json_schema()
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self._contents, (self.steps, self._clock.mode, self._clock.ticked), self._bound
+        return self._contents, (self.steps, self._clock.mode, self._clock.ticked), self._bound, settled(self)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        contents, clock, bound = state
+        contents, clock, bound, remembered = state
         self._start(contents)
+        self.remembered = remembered
         self._clock.set(*clock)
         self.bind(bound)
 

@@ -106,6 +106,8 @@ class _YamlReader:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
             what = f"not YAML: {getattr(error, 'problem', None) or error}".replace("\n", " ")
             step = "indent with spaces, not with tabs" if "\\t" in what else "correct the syntax at this line"
+            if "alias" in what or "alphabetic or numeric" in what:
+                step = 'quote the pattern, "*.conv1": YAML reads * and & at the start of a word as its own'
             place = f"{self.path}:{mark.line + 1 if mark else 1}"
             raise PolicyError([*self.problems, Problem(place, "", what, "one YAML document", step)]) from None
 

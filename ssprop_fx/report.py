@@ -176,10 +176,10 @@ class Report:
         """The report of another step of the schedule, counted from 0.
 
         Raises:
-            ValueError: ``step`` is negative.
+            ValueError: ``step`` is negative, or no whole number.
         """
-        if step < 0:
-            raise ValueError(f"step {step}: steps count from 0")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step {step!r}: steps are whole numbers, counted from 0")
         return replace(self._with(self.factor_at(step)), step=step)
 
     def at_factor(self, factor: float) -> Report:

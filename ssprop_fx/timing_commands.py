@@ -14,9 +14,9 @@ from rich.table import Table
 
 from .arms import ARMS
 from .bench import bench as run_bench
-from .commands import JsonOption, PolicyOption, app, first_line, read_policy
+from .commands import JsonOption, PolicyOption, app, read_policy
 from .errors import SSPropError
-from .models import FORMS, NameProblem, load_model, make_input
+from .models import FORMS, NameProblem, first_line, load_model, make_input
 from .tuning import RATES, Tuned
 from .tuning import tune as run_tune
 
@@ -125,9 +125,12 @@ def bench(
             shapes,
             lambda: run_bench(built, inputs, chosen, wanted, rounds, memory=memory, amp=dtype, progress=progress),
         )
-    if plot is not None:
-        result.plot(plot)
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
+    if plot is not None:
+        try:
+            result.plot(plot)
+        except (OSError, ValueError, ImportError) as problem:  # no such folder, no such format, no matplotlib
+            raise SSPropError(f"{plot} cannot be drawn: {first_line(problem)}") from None
 
 
 def _on_device(name: str, shapes: list[str], device: str, contiguous: bool) -> tuple[Any, tuple]:

@@ -1,4 +1,4 @@
-"""The slow way: what a sparse backward pass has to give, by section 3 of docs/design.md, and configurations to try it on.
+"""The slow way: what a sparse backward pass has to give, and configurations to try it on.
 
 Nothing here is shared with the package except the table of convolution functions. Importance is computed in float64 from the
 gradient itself, the dropped channels are set to zero, and PyTorch's dense autograd does the rest, in float64 too.
@@ -81,7 +81,7 @@ class Case:
         return (1 - Fraction(str(self.drop_rate))) * self.channels
 
     def keep(self) -> int:
-        """The number of kept channels by section 3, for a whole-number ``round_to``; ties of nearest go up."""
+        """The number of kept channels, for a whole-number ``round_to``; ties of nearest go up."""
         if self.drop_rate == 0:
             return self.channels
         unit = self.round_to
@@ -235,7 +235,7 @@ def cases(draw: Any, modules: bool = False) -> Case:
 
 
 def check_keep(case: Case, keep: int) -> None:
-    """The count is the one that section 3 asks for; for ``auto``, one whose FLOPs are within 2 % of it or the nearest."""
+    """The count is the one that is asked for; for ``auto``, one whose FLOPs are within 2 % of it or the nearest."""
     if case.round_to != "auto" or case.drop_rate == 0:
         assert keep == case.keep()
     else:

@@ -176,6 +176,10 @@ ready = Net()
 number = 3
 def fails():
     raise ImportError("the model's own problem")
+def needs(width):
+    return Net()
+def leaves():
+    raise SystemExit(5)
 """
 
 
@@ -183,6 +187,7 @@ def fails():
 def net(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "sibling.py").write_text("WIDTH = 32\n")
+    (tmp_path / "broken.py").write_text("class Net(\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path / "net.py"
@@ -226,6 +231,12 @@ def test_inspect_of_ones_own_model(run, net, name):
         (["nett.py:Net", "-i", "1x3x8x8"], "nearest: net.py"),
         (["net:Net", "-i", "1,3,8,8"], "no shape"),
         (["net:Net", "--compile"], "--input"),
+        (["net:fails"], "net:fails fails: ImportError: the model's own problem"),
+        (["net:needs"], "net:needs fails: TypeError"),
+        (["net:leaves"], "net:leaves fails: SystemExit: 5"),
+        (["broken:Net"], "broken:Net fails: SyntaxError"),
+        (["torchvison:resnet18"], "nearest: torchvision"),
+        (["net:Net", "-i", "99999999999999999999x3x8x8"], "cannot be made"),
     ],
 )
 def test_a_model_or_input_that_cannot_be_named_is_exit_code_2(run, net, args, message):

@@ -452,7 +452,7 @@ def test_a_rule_matches_nothing_in_a_model_without_layers():
 
 def test_rules_are_frozen_hashable_and_equal_by_contents(write):
     rule = Rule(layers="a", drop_rate=0.5)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(AttributeError, match="does not change"):
         rule.drop_rate = 0.6
     assert len({rule, Rule(layers=["a"], drop_rate=0.5), Rule(layers="a", drop_rate=0.6)}) == 2
     read = Policy.load(write("rules:\n- {layers: a, drop_rate: 0.5}")).rules[0]
@@ -686,3 +686,32 @@ def test_the_schema_and_the_policy_refuse_the_same(document):
 def test_yaml_is_imported_only_to_load_a_file():
     code = "import sys, ssprop_fx.policy as p; p.Policy(schedule={}); assert 'yaml' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_policy_does_not_change():
+    policy = Policy(drop_rate=0.5)
+    with pytest.raises(AttributeError, match=r"drop_rate does not change.*Policy\(drop_rate="):
+        policy.drop_rate = 0.3
+    with pytest.raises(AttributeError, match="does not change"):
+        policy.schedule.period = 3
+    with pytest.raises(AttributeError, match="steps"):
+        policy.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("rules:\n- layers: *conv1\n  drop_rate: 0\n", "quote the pattern"),
+        ("rules:\n- layers: *\n  drop_rate: 0\n", "quote the pattern"),
+        ("rules:\n- layers: [0, 1]\n  drop_rate: 0\n", 'quote it: "0"'),
+        ("drop_rate: 80%\n", "write 0.8"),
+        ("version: 2026-01-01\n", "write 1"),
+        ("version: [1]\n", "write 1"),
+        ("version: 1" + "0" * 400 + "\n", "write 1"),
+    ],
+)
+def test_common_slips_of_yaml_say_what_to_write(write, text, step):
+    with pytest.raises(PolicyError) as error:
+        Policy.load(write(text))
+    assert step in str(error.value)
+    assert not any("list" in problem.what for problem in error.value.problems if problem.key == "rules[0].layers")

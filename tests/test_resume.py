@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -174,10 +175,15 @@ def test_counts_that_the_first_sizes_settled_are_resumed():
         train(*first, stop)
         second[0].load_state_dict(first[0].state_dict())
         second[2].load_state_dict(json.loads(json.dumps(first[2].state_dict())))  # as a trainer that writes JSON does
+        copied = pickle.loads(pickle.dumps(first[2]))
+        assert copied.state_dict() == first[2].state_dict()
         train(*second, 7 - stop)
         assert same(second[0].state_dict(), whole[0].state_dict()), f"stopped after {stop} steps"
-    with pytest.raises(ssprop_fx.PolicyError, match="counts"):
-        second[2].load_state_dict(second[2].state_dict() | {"counts": [1]})
+    right = second[2].state_dict()
+    for counts in ([1], {**right["counts"], "kept": 4}, {**right["counts"], "kept": [["a"]]}):
+        with pytest.raises(ssprop_fx.PolicyError, match="counts"):
+            second[2].load_state_dict(right | {"counts": counts, "steps": 1})
+        assert second[2].state_dict() == right
 
 
 def test_checkpoints_fit_plain_transformed_and_compiled_models():

@@ -367,3 +367,41 @@ def test_a_compiled_gradient_penalty_is_refused_clearly(front_end):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="double backward"):
         penalty(front_end(Critic(), policy()), x).backward()
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="newer releases trace autograd.grad")
+def test_a_gradient_penalty_inside_of_compiled_code_is_refused_clearly():
+    net, x = Critic(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    with torch._dynamo.config.patch(trace_autograd_ops=True), pytest.raises(Exception, match="double backward"):
+        torch.compile(penalty, backend="ssprop", options={"policy": policy(), "inner": "aot_eager"})(net, x).backward()
+
+
+def test_torch_func_inside_of_compiled_code_wants_the_model_transformed_first():
+    torch._dynamo.reset()
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)
+    parameters = {k: v.detach() for k, v in net.named_parameters()}
+
+    def of(model):
+        def loss(p, x):
+            return torch.func.functional_call(model, p, (x,)).square().sum()
+
+        return lambda p, x: torch.func.grad(loss)(p, x)
+
+    options = {"inner": "aot_eager"}
+    with pytest.raises(Exception, match=r"call ssprop_fx\.transform"):
+        torch.compile(of(net), backend="ssprop", options={**options, "policy": policy()})(parameters, x)
+    model = ssprop_fx.transform(net, policy())
+    got = torch.compile(of(model), backend="ssprop", options=options)(parameters, x)
+    torch.testing.assert_close(got, of(model)(parameters, x))
+
+
+@pytest.mark.parametrize("front_end", [both, backend])
+def test_forward_mode_inside_of_compiled_code_is_refused(front_end):
+    """The operator would have a tangent of zero."""
+    torch._dynamo.reset()
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)
+    model = ssprop_fx.transform(net, policy()) if front_end is both else net
+    options = {"inner": "aot_eager"} if front_end is both else {"inner": "aot_eager", "policy": policy()}
+    run = torch.compile(lambda x: torch.func.jvp(model, (x,), (x,)), backend="ssprop", options=options)
+    with pytest.raises(Exception, match=r"jvp.*leave it out of torch\.compile"):
+        run(x)

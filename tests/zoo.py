@@ -377,7 +377,7 @@ Written by `python tests/zoo.py docs/models.md`, on PyTorch {torch}: random weig
 step of each model, counted with `ssprop_fx.inspect(model, inputs)`.
 
 - *convolutions*: layers, as in the report; a layer may run many times in a step.
-- *graph*, *module*, *call*: how many were rewritten on which rung (docs/design.md, section 4).
+- *graph*, *module*, *call*: how many were rewritten on which rung ([design.md](design.md), *Eager mode*).
 - *coverage*: the share of the step's `aten.convolution_backward` calls that the policy reaches, of how many.
 - *Dynamo graphs*: graphs in a training step of the transformed model under `torch.compile(backend="ssprop")`; breaks are the
   model's own. Empty where it was not measured (`--no-compile`).

@@ -1,4 +1,4 @@
-"""The twenty research systems of families.md: each network trains under the pass, through both front ends."""
+"""Networks with the structures of twenty published research systems: each trains under the pass, through both front ends."""
 
 import copy
 import gc
