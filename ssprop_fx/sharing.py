@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 
+_LEAVES = (type, types.ModuleType, str, bytes, int, float, complex, type(None), *weakref.ProxyTypes)
+
 
 class _KeepTensors(TorchFunctionMode):
     """While active, a deep copy of a tensor is the tensor itself (non-leaf ones could not be copied at all)."""
@@ -76,19 +78,19 @@ def shared_copy(
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
     if isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
         return memo.get(id(value), value)
-    before = set(memo)
+    known = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
-        _forget(memo, before)
+        _forget(memo, known)
         for leaf in _reachable([value]):
             if not hasattr(leaf, "__dict__") and id(leaf) not in memo and not _copies(leaf):
                 memo[id(leaf)] = leaf
-    before = set(memo)
+    known = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception as problem:
-        _forget(memo, before)
+        _forget(memo, known)
         held = any(id(found) in tree for found in _reachable([value]))
         level = logging.WARNING if held else logging.DEBUG
         logger.log(
@@ -101,10 +103,11 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
         return value
 
 
-def _forget(memo: dict[int, Any], before: set[int]) -> None:
-    """Take the halves of copies that failed out of the memo."""
-    for key in set(memo) - before - {id(memo)}:
-        del memo[key]
+def _forget(memo: dict[int, Any], known: int) -> None:
+    """Take the halves of a copy that failed, all but the first ``known`` entries, out of the memo."""
+    for key in list(memo)[known:]:
+        if key != id(memo):  # where a deep copy keeps alive what it has met
+            del memo[key]
 
 
 def _copies(leaf: Any) -> bool:
@@ -125,7 +128,7 @@ def _reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
     keep = []  # what lives no longer could share its identity with another object
     while stack:
         value = stack.pop()
-        if id(value) in seen or isinstance(value, (type, types.ModuleType, str, bytes, int, float, complex, type(None))):
+        if id(value) in seen or issubclass(type(value), _LEAVES):  # isinstance would ask a proxy for what it stands for
             continue
         seen.add(id(value))
         keep.append(value)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ssprop_fx import _compat
 
@@ -21,6 +22,71 @@ def test_functorch_is_seen_inside_its_transforms_only():
     torch.func.grad(lambda x: (seen.append(_compat.functorch_active()), x.sum())[1])(torch.ones(2))
     assert seen == [True]
     assert not _compat.functorch_active()
+
+
+def test_dual_numbers_are_seen_inside_of_forward_mode_only():
+    assert not _compat.forward_ad_active()
+    with forward_ad.dual_level():
+        assert _compat.forward_ad_active()
+    seen = []
+    torch.func.jvp(lambda x: (seen.append(_compat.forward_ad_active()), x)[1], (torch.ones(2),), (torch.ones(2),))
+    assert seen == [True]
+
+
+class Watched(torch.autograd.Function):
+    """Notes, in its backward pass, what ``question`` answers."""
+
+    @staticmethod
+    def forward(ctx, x, question, answers):
+        ctx.question, ctx.answers = question, answers
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.answers.append(ctx.question(grad))
+        return grad * 2, None, None
+
+
+def test_a_batch_of_gradients_is_recognised():
+    x, answers = torch.ones(3, requires_grad=True), []
+    output = Watched.apply(x, _compat.in_batch_of_gradients, answers)
+    torch.autograd.grad(output, x, torch.ones(3), retain_graph=True)
+    torch.autograd.grad(output, x, torch.ones(2, 3), is_grads_batched=True)
+    assert answers == [False, True]
+
+
+def test_a_backward_pass_knows_whether_its_graph_is_kept():
+    x, answers = torch.ones(3, requires_grad=True), []
+    loss = Watched.apply(x, lambda grad: _compat.keeps_graph(), answers).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert answers == [True, False]
+
+
+def test_hooks_of_saved_tensors_are_seen():
+    assert not _compat.saved_tensors_hooked()
+    with torch.autograd.graph.save_on_cpu():
+        assert _compat.saved_tensors_hooked()
+    assert not _compat.saved_tensors_hooked()
+
+
+def test_autocast_can_be_left():
+    a = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        with _compat.autocast_disabled():
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_hooks_that_wait_for_a_gradient_can_be_left_out():
+    x, calls = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda p: calls.append(p))
+    with _compat.without_accumulation_hooks([x, torch.ones(1)]):
+        x.sum().backward()
+    assert (len(calls), x.grad.tolist()) == (0, [1, 1])
+    x.sum().backward()
+    assert (len(calls), x.grad.tolist()) == (1, [2, 2])
 
 
 def test_compiled_modules_are_recognised():

@@ -165,6 +165,12 @@ def test_a_weak_reference_to_the_model_is_one_to_the_copy():
     assert original.parent() is original
 
 
+def test_a_proxy_of_what_is_gone_is_no_obstacle():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    original.trainer = weakref.proxy(Listener(original[0]))
+    assert transform(original, policy())(X).shape == (2, 8, 6, 6)
+
+
 class Uncopyable:
     def __init__(self, model):
         self.model = model
