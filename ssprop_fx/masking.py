@@ -66,4 +66,4 @@ def _units_second(tensor: Tensor, over: str) -> Tensor:
         return tensor.flatten(2).transpose(1, 2)
     if over == "channels_space":
         return tensor.flatten(1)
-    return tensor.flatten(2).flatten(0, 1).unsqueeze(0)
+    return tensor.flatten(0, 1).unsqueeze(0)

@@ -179,7 +179,7 @@ class Report:
             ValueError: ``step`` is negative, or no whole number.
         """
         if not isinstance(step, int) or step < 0:
-            raise ValueError(f"step {step!r}: steps are whole numbers, counted from 0")
+            raise ValueError(f"step {step!r}: steps are whole numbers and count from 0")
         return replace(self._with(self.factor_at(step)), step=step)
 
     def at_factor(self, factor: float) -> Report:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque, functools.partial, types.MethodType)
 _LEAVES = (type, types.ModuleType, str, bytes, int, float, complex, type(None), *weakref.ProxyTypes)
 
 
@@ -66,7 +67,7 @@ def shared_copy(
                         continue
                     if hooks and share_listeners:
                         _share_listeners(value.values(), memo)
-                    state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}")
+                    state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
         for key in vars(module):
@@ -75,7 +76,7 @@ def shared_copy(
     return memo[id(model)]
 
 
-def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
+def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
     if isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
         return memo.get(id(value), value)
     known = len(memo)
@@ -84,7 +85,8 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
     except Exception:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
         _forget(memo, known)
         for leaf in _reachable([value]):
-            if not hasattr(leaf, "__dict__") and id(leaf) not in memo and not _copies(leaf):
+            inner = isinstance(leaf, _CONTAINERS) or hasattr(leaf, "__dict__")
+            if not inner and id(leaf) not in memo and not _copies(leaf):
                 memo[id(leaf)] = leaf
     known = len(memo)
     try:
@@ -92,7 +94,7 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str) -> Any:
     except Exception as problem:
         _forget(memo, known)
         held = any(id(found) in tree for found in _reachable([value]))
-        level = logging.WARNING if held else logging.DEBUG
+        level = logging.WARNING if held and warn else logging.DEBUG
         logger.log(
             level,
             "%s is shared, not copied%s: %r",

@@ -173,7 +173,7 @@ def test_a_proxy_of_what_is_gone_is_no_obstacle():
 
 class Uncopyable:
     def __init__(self, model):
-        self.model = model
+        self.model, self.containers = model, [model._modules, [model]]
 
     def __deepcopy__(self, memo):
         raise RuntimeError("one of its kind")
@@ -181,11 +181,15 @@ class Uncopyable:
 
 def test_what_cannot_be_copied_and_refers_to_the_model_is_named(caplog):
     original = nn.Sequential(nn.Conv2d(3, 8, 3))
-    original.helper = Uncopyable(original)
+    original[0].helper = original.helper = Uncopyable(original)
     with caplog.at_level(logging.WARNING, "ssprop_fx"):
         model = transform(original, policy())
     assert model.helper is original.helper
+    assert model[0] is not original[0]
     assert "Sequential.helper is shared, not copied" in caplog.text
+    caplog.clear()
+    assert [row.rewritten for row in inspect(model, X).rows] == [True]
+    assert not caplog.records
 
 
 def test_a_convolution_whose_forward_was_replaced_on_the_instance_keeps_that():
