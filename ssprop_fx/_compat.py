@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -282,6 +282,11 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     from torch._inductor.inductor_prims import force_stride_order
 
     return force_stride_order(tensor, tensor.stride())
+
+
+def inductor_options() -> Collection[str]:
+    """The names of Inductor's settings."""
+    return torch._inductor.list_options()
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

@@ -36,9 +36,10 @@ from ._compat import (
 )
 from .allocation import Allocation, allocation_for
 from .convolutions import LINEAR, ConvArgs, run
-from .errors import SSPropError, nearest
+from .errors import SSPropError
 from .logs import graph_rewritten
 from .naming import GraphNames, ModuleIndex
+from .options import check_names, default_policy, policy_for
 from .passes import (
     Decision,
     Sparsify,
@@ -52,7 +53,7 @@ from .passes.verify import rewritten_layers
 from .phases import LazyGraphs, PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy, Settings
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
-from .transform import as_policy, assign_checked, transformation_of
+from .transform import assign_checked, transformation_of
 
 _INNER = ("inductor", "aot_eager", "eager")
 
@@ -148,16 +149,8 @@ class CompiledState:
 
 
 _states: weakref.WeakKeyDictionary[Policy, CompiledState] = weakref.WeakKeyDictionary()
-_read: dict[str, Policy] = {}  # of graphs without a module
-_read_for: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Policy]] = weakref.WeakKeyDictionary()
 _index = ModuleIndex()
 _lock = threading.RLock()
-
-
-@functools.cache
-def default_policy() -> Policy:
-    """The policy of ``torch.compile(model, backend="ssprop")`` without options; one per process, on its own clock."""
-    return Policy()
 
 
 def state_of(policy: Policy) -> CompiledState:
@@ -205,20 +198,9 @@ def ssprop(
     policy, inner = settings.pop("policy", policy), settings.pop("inner", inner)
     if inner not in _INNER:
         raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
-    _check_options(settings)
+    check_names(settings)
     rewritten, record = rewrite(graph_module, policy)
     return record.shared.guard(_compile(rewritten, example_inputs, record, inner, settings, mode))
-
-
-def _check_options(settings: Iterable[str]) -> None:
-    known = torch._inductor.list_options()
-    for name in settings:
-        if name.replace("-", "_") not in known:
-            near = nearest(name, ("policy", "inner")) or nearest(name, known)
-            raise SSPropError(
-                f"options[{name!r}] is not known; expected policy, inner, or one of torch._inductor.list_options()"
-                + (f"; nearest: {near}" if near else "")
-            )
 
 
 def _compile(
@@ -263,14 +245,14 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     """The pipeline: find the convolutions, ask the policy, rewrite, verify.
 
     Args:
-        policy: None leaves everything but what ``transform`` has rewritten as it is.
+        policy: as in the options; None is that of a model which ``transform`` has rewritten, else the default policy.
     """
     ops.register_flop_formulas()
     names = GraphNames(_index, graph_module)
     # a checkpointed block or a compiled region is a graph inside the graph
     graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
     convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]
-    policy = _resolve(policy, names.roots.values())
+    policy = policy_for(policy, names.roots.values())
     _refuse_functorch(graphs, any(convolutions))
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
@@ -319,23 +301,6 @@ def _refuse_functorch(graphs: Sequence[GraphModule], convolves: bool) -> None:
             "torch.func.grad or vjp of convolutions inside compiled code: call ssprop_fx.transform(model, policy) first and "
             "compile the function of its result"
         )
-
-
-def _resolve(policy: Any, roots: Iterable[torch.nn.Module]) -> Policy | None:
-    """The policy of the options; a file or mapping is read once for a model, so that all its graphs share one clock."""
-    if policy is None or isinstance(policy, Policy):
-        return policy
-    made = as_policy(policy)
-    if made.schedule.clock == "manual" and made.schedule.kind != "constant":
-        raise SSPropError(
-            "the policy in torch.compile's options has a schedule with a manual clock, and as a path or mapping nobody "
-            "holds it to call policy.step(); pass a Policy object (ssprop_fx.Policy.load(...)) and step that, or set "
-            "`clock: optimizer` in the schedule"
-        )
-    with _lock:
-        root = next(iter(roots), None)
-        read = _read if root is None else _read_for.setdefault(root, {})
-        return read.setdefault(made.digest, made)
 
 
 def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: CompiledState) -> None:

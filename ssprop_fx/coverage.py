@@ -291,7 +291,7 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
     # buffers, attributes, and frozen parameters: a codebook that the forward itself moves
-    state = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in tree_leaves(list(vars(m).values())))]
+    state = tree_leaves([list(vars(module).values()) for module in model.modules()])
     moved = {id(t): _once(t) for t in state if isinstance(t, Tensor) and not t.requires_grad}
     values = [(t, t.detach().clone()) for t in moved.values()]
     grads = [(p, p.grad) for p in model.parameters()]

@@ -164,7 +164,7 @@ def _next_step(value: Any, near: str | None) -> str:
     if near is None:
         return "write a value of that form"
     if isinstance(value, str):
-        return f"write {near} without quotes" if _is_number(near) else f"write {near}"
+        return f"write {near} without quotes" if _is_number(near) and _is_number(value) else f"write {near}"
     percentage = isinstance(value, (int, float)) and _is_number(near) and float(near) * 100 == value
     return f"write {near} for {_text(value)} %" if percentage else f"write {near}"
 

@@ -27,8 +27,7 @@ from .transform import (
     COMPLEX,
     SCRIPTED,
     Transformation,
-    new_layers,
-    replaced_layers,
+    changed_layers,
     scripted_convolutions,
     transform,
     transformation_of,
@@ -196,8 +195,7 @@ def _of_transformed(
     compiled = calls_of(records)
     measured = measurement.layers if measurement else {}
     layers: dict[str, Layer] = {}
-    part = model.get_submodule(transformed_parts(model)[0])
-    gone = replaced_layers(part, record)
+    gone, new = changed_layers(next(iter(transformed_parts(model).values())), record)
     for name, site in record.sites.items():
         if name in gone:
             continue
@@ -219,14 +217,14 @@ def _of_transformed(
         return [_traced_capture(t, layers, arguments.get(t.name)) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
-    new = dict(new_layers(part, record))
     left += [_left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
     for owner, count in (measurement.hidden if measurement else {}).items():
-        if owner in new:
-            continue
-        left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
+        if owner not in new:
+            left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
     if measurement is not None and measurement.elsewhere:
-        left.append(_left_row("#convolution", f"{measurement.elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
+        left.append(
+            _left_row("elsewhere#convolution", f"{measurement.elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",))
+        )
     demands = record.allocation.demands
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 

@@ -221,11 +221,11 @@ class Policy:
         Raises:
             PolicyError: ``state`` is not what :meth:`state_dict` returns, or the schedule is another one.
         """
-        counts = state.get("counts") if isinstance(state, Mapping) else None
+        counts, loaded = state.get("counts") if isinstance(state, Mapping) else None, None
         if counts is not None:
             state = {key: value for key, value in state.items() if key != "counts"}
             try:
-                of = counts["digest"]
+                mine = counts["digest"] == self.digest
                 loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
             except (KeyError, TypeError, ValueError):
                 what = "the counts are not what state_dict() returned"
@@ -233,7 +233,7 @@ class Policy:
                 expected = "a mapping with the keys digest, flops, kept"
                 raise PolicyError([Problem(where, "counts", what, expected, step)]) from None
         self._clock.load_state_dict(state)
-        if counts is not None and of == self.digest and loaded != settled(self):
+        if loaded is not None and mine and loaded != settled(self):
             self.remembered = loaded
             for live in allocations_of(self):
                 live.forget()

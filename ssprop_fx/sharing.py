@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque, functools.partial, types.MethodType)
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, *_SEQUENCES, functools.partial, types.MethodType)
 _LEAVES = (type, types.ModuleType, str, bytes, int, float, complex, type(None), *weakref.ProxyTypes)
 
 
@@ -139,7 +140,7 @@ def _reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
             continue
         if isinstance(value, dict):
             stack.extend(value.values())
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        elif isinstance(value, _SEQUENCES):
             stack.extend(value)
         elif isinstance(value, functools.partial):
             stack.extend((value.func, value.args, value.keywords))

@@ -128,32 +128,25 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
 
 def transformation_of(model: nn.Module) -> Transformation | None:
     """The record that ``transform`` left on a model, looked for through wrappers, or None."""
-    for module in model.modules():
-        if _RECORD in vars(module):
-            return vars(module)[_RECORD]
-    return None
+    return next((vars(part)[_RECORD] for part in transformed_parts(model).values()), None)
 
 
-def transformed_parts(model: nn.Module) -> list[str]:
-    """Names of the modules that ``transform`` was called on, inside a model or the model itself."""
-    return [name for name, module in model.named_modules() if _RECORD in vars(module)]
+def transformed_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The results of ``transform`` by name: modules inside a model, or the model itself."""
+    return {name: module for name, module in model.named_modules() if _RECORD in vars(module)}
 
 
-def replaced_layers(model: nn.Module, record: Transformation) -> set[str]:
-    """Names of the layers that are no longer the modules that ``transform`` rewrote, taken out or replaced since.
+def changed_layers(part: nn.Module, record: Transformation) -> tuple[set[str], dict[str, nn.Module]]:
+    """What was done to a result of ``transform`` since.
 
-    Args:
-        model: what ``record`` is of.
+    Returns:
+        The names of the layers that are no longer there; the convolution modules, by name, that were put in.
     """
-    live = {site for module in model.modules() for site in _sites_of(module)}
-    return {name for name, site in record.sites.items() if site.rung == "module" and site not in live}
-
-
-def new_layers(model: nn.Module, record: Transformation) -> Iterator[tuple[str, nn.Module]]:
-    """The convolution modules, with their names, that were put in since ``transform``."""
-    for name, module in model.named_modules():
-        if spec_of_module(module) is not None and name not in record.skipped and not list(_sites_of(module)):
-            yield name, module
+    sites = {name: set(_sites_of(module)) for name, module in part.named_modules()}
+    live = set().union(*sites.values())
+    gone = {name for name, site in record.sites.items() if site.rung == "module" and site not in live}
+    ours = record.skipped.keys() | {name for name, found in sites.items() if found}
+    return gone, {n: m for n, m in part.named_modules() if spec_of_module(m) is not None and n not in ours}
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:

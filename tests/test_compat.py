@@ -199,6 +199,11 @@ def test_inductors_settings_are_a_text_and_hold_for_a_time():
     assert _compat.inductor_folder().is_absolute()
 
 
+def test_inductor_lists_its_settings():
+    assert {"max_autotune", "max_fusion_size"} <= set(_compat.inductor_options())
+    assert "policy" not in _compat.inductor_options()
+
+
 def test_inductor_lists_its_decompositions():
     assert torch.ops.aten.native_batch_norm_backward.default in _compat.inductor_decompositions()
 
