@@ -55,6 +55,14 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def wants_gradient_at(node: Any) -> bool:
+    """Whether the backward pass that runs now uses the gradient that it would hand to a node of the graph."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for
+        return True
+
+
 def saved_tensors_hooked() -> bool:
     """Whether what is saved for the backward pass goes through hooks: checkpointing, offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

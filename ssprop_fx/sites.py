@@ -26,6 +26,7 @@ from ._compat import (
     in_batch_of_gradients,
     keeps_graph,
     saved_tensors_hooked,
+    wants_gradient_at,
 )
 from .allocation import Allocation, observers
 from .backward import sparse_backward
@@ -199,14 +200,15 @@ def _register_formulas() -> bool:
     return True
 
 
-def _backward(ctx, grad, output=None):
+def _backward(ctx, grad, mask, output=None):
+    """The gradients of input, weight and bias, those that ``mask`` names, and None for the other arguments."""
     if grad is None:  # nothing that was made of the output had a gradient
         return (None,) * 7
     if any_autocast():  # whoever calls backward inside of autocast, the forward has decided on the types
         with autocast_disabled():
-            return _backward(ctx, grad, output)
+            return _backward(ctx, grad, mask, output)
     input, weight, *saved_bias = (ctx.saved or ctx).saved_tensors
-    (args, site, factor, has_bias), needs = ctx.call, ctx.needs_input_grad
+    args, site, factor = ctx.call
     settings = site.settings
     if site.needs_output and output is None:
         with torch.no_grad():
@@ -216,7 +218,6 @@ def _backward(ctx, grad, output=None):
     )
     for observe in observers:
         observe(site.layer)
-    mask = (needs[0], needs[1], has_bias and needs[2])
     # a batch of gradients cannot be written into zeros that are no batch, as is done in eager mode
     compiling = functorch_active() or in_batch_of_gradients(grad)
     grads = sparse_backward(grad, input, weight, output, args, mask, keep, site.ranking, settings.gradients, compiling)
@@ -252,7 +253,7 @@ class _Convolution(torch.autograd.Function):
         if saved is None:
             ctx.save_for_backward(input, weight)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.output = (args, site, factor, bias is not None), None
+        ctx.call, ctx.output = (args, site, factor), None
         if site.needs_output:
             # Neither is saved: an activation in place is free to write over the output, and a checkpoint counts what is
             # saved, also of a call that is made again as the model's own. What is gone is computed again.
@@ -265,7 +266,16 @@ class _Convolution(torch.autograd.Function):
         output, version = ctx.output or (None, 0)
         if output is not None and not keeps_graph():
             ctx.output = None
-        return _backward(ctx, grad, output if output is not None and output._version == version else None)
+        return _backward(ctx, grad, _wanted(ctx), output if output is not None and output._version == version else None)
+
+
+def _wanted(ctx) -> list[bool]:
+    """Which gradients of input, weight and bias this backward pass uses: ``autograd.grad`` may ask for a few only."""
+    edges = list(ctx.next_functions)  # of tensors only: two without a bias
+    if ctx.saved is not None:
+        edges[:2] = ctx.saved.next_functions
+    wanted = [node is not None and wants_gradient_at(node) for node, _ in edges]
+    return wanted if len(wanted) == 3 else [*wanted, False]
 
 
 class _TransformableConvolution(torch.autograd.Function):
@@ -286,11 +296,11 @@ class _TransformableConvolution(torch.autograd.Function):
         ctx.save_for_backward(input, weight, *([bias] if site.needs_output else []))
         ctx.save_for_forward(input, weight)
         ctx.set_materialize_grads(False)
-        ctx.call = args, site, factor, bias is not None
+        ctx.call = args, site, factor
 
     @staticmethod
     def backward(ctx, grad):
-        return _backward(ctx, grad)[:6]
+        return _backward(ctx, grad, ctx.needs_input_grad[:3])[:6]
 
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):

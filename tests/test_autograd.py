@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,6 +146,42 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None
+
+
+class Masks(TorchDispatchMode):
+    """The output masks of the convolutions' backward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen.append(tuple(args[-1][:2]))  # a bias' gradient is a sum of its own in a sparse step
+        return function(*args, **(kwargs or {}))
+
+
+ASKED = {
+    "everything": lambda model, x: model(x).sum().backward(),
+    "the input": lambda model, x: torch.autograd.grad(model(x).sum(), x),
+    "a layer's input": lambda model, x: torch.autograd.grad(model(x.tanh()).sum(), x),
+    "a penalty": lambda model, x: torch.autograd.grad(model(x).sum(), x, create_graph=True)[0].norm().backward(),
+    "one weight": lambda model, x: torch.autograd.grad(model(x).square().sum(), model[2].weight),
+    "one bias": lambda model, x: model(x).square().sum().backward(inputs=[model[2].bias]),
+    "checkpointed": lambda model, x: torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), x),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_only_the_gradients_that_are_asked_for_are_computed(asked):
+    """A gradient penalty, an attack, a saliency map: the weights' products would be half of the work."""
+    model = net(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3, bias=False))
+    counts = []
+    for version in (model, ssprop_fx.transform(model, policy())):
+        with Masks() as masks:
+            ASKED[asked](version, X.clone().requires_grad_())
+        counts.append([mask for mask in masks.seen if any(mask)])
+    assert counts[0] == counts[1]
 
 
 def test_where_no_gradient_comes_from_none_goes():

@@ -63,6 +63,26 @@ def test_a_backward_pass_knows_whether_its_graph_is_kept():
     assert answers == [True, False]
 
 
+def test_a_backward_pass_knows_which_gradients_it_uses():
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x * y
+
+        @staticmethod
+        def backward(ctx, grad):
+            answers.append([_compat.wants_gradient_at(node) for node, _ in ctx.next_functions])
+            return grad, grad
+
+    x, y = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    answers = []
+    Asking.apply(x, y).sum().backward()
+    torch.autograd.grad(Asking.apply(x, y).sum(), x)
+    torch.autograd.grad(Asking.apply(x * 2, y).sum(), y)
+    Asking.apply(x * 2, y).sum().backward(inputs=[x])
+    assert answers == [[True, True], [True, False], [False, True], [True, False]]
+
+
 def test_hooks_of_saved_tensors_are_seen():
     assert not _compat.saved_tensors_hooked()
     with torch.autograd.graph.save_on_cpu():
