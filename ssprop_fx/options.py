@@ -54,7 +54,7 @@ def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
     if policy is None or isinstance(policy, Policy):
         return policy
     made = as_policy(policy)
-    if made.schedule.clock == "manual" and made.schedule.kind != "constant":
+    if made.schedule.clock == "manual" and made.schedule.moves:
         raise SSPropError(
             "the policy in torch.compile's options has a schedule with a manual clock, and as a path or mapping nobody "
             "holds it to call policy.step(); pass a Policy object (ssprop_fx.Policy.load(...)) and step that, or set "

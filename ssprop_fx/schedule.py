@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import Field
 
@@ -122,6 +123,13 @@ class Schedule(Checked):
         share = math.floor((factor - low) / (high - low) * (self.levels - 1) + 0.5) / (self.levels - 1)
         return low * (1 - share) + high * share
 
+    @property
+    def moves(self) -> bool:
+        """Whether the factor is ever another than at step 0."""
+        if self.warmup or self.cooldown or self.interleave:
+            return True
+        return any(self.factor(step) != self.factor(0) for step in range(1, self.period))
+
     def _dense(self, step: int) -> bool:
         """Whether warm-up, cool-down or interleave, which go before the kind, make this step dense."""
         if step < self.warmup or (self.interleave and (step - self.warmup) % 2 == 0):
@@ -172,6 +180,12 @@ class Clock:
         else:
             self._go_to(self.steps + 1)
 
+    def warn_if_idle(self) -> None:
+        """Warn once optimizers have made ten steps and this clock none: nobody may hold the policy that is to be stepped."""
+        if self.mode == "manual" and self.schedule.moves:
+            _listen()
+            _watched[self] = 0
+
     def state_dict(self) -> dict[str, Any]:
         """``steps``, the mode as ``clock``, and ``schedule``, as plain values."""
         return {"steps": self.steps, "clock": self.mode, "schedule": self.schedule.model_dump(mode="json")}
@@ -197,6 +211,8 @@ class Clock:
 
 
 _automatic: WeakSet[Clock] = WeakSet()
+_watched: WeakKeyDictionary[Clock, int] = WeakKeyDictionary()  # optimizer steps that each has seen, itself at step 0
+_PATIENCE = 10
 
 
 @cache
@@ -210,6 +226,18 @@ def _listen() -> None:
 def _after_optimizer_step(*_: Any) -> None:
     for clock in list(_automatic):
         clock._tick()
+    for clock, seen in list(_watched.items()):
+        if clock.steps == 0 and seen + 1 < _PATIENCE:
+            _watched[clock] = seen + 1
+            continue
+        del _watched[clock]
+        if clock.steps == 0:
+            warnings.warn(
+                f"{_PATIENCE} optimizer steps were made, and the schedule of a policy is still at step 0: its clock is "
+                "manual, and it was given as a path or mapping, so that nobody holds it to call policy.step(); pass a "
+                "Policy object (ssprop_fx.Policy.load(...)) and step that, or set `clock: optimizer` in the schedule",
+                stacklevel=2,
+            )
 
 
 def _state_problems(state: Any, own: Mapping[str, Any]) -> Iterator[Problem]:

@@ -94,11 +94,13 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
         >>> int((rows > 0).sum())
         2
     """
-    policy = as_policy(policy)
+    given, policy = policy, as_policy(policy)
     _refuse(model)
     layers, callers = layer_kinds(model), functional_callers(model)
     assigned = assign_checked(model, policy)
     policy.bind(assigned)
+    if given is not policy:
+        policy.warn_if_idle()
 
     result = shared_copy(model)
     record = Transformation(policy)

@@ -177,9 +177,10 @@ def test_a_second_policy_for_a_transformed_model_is_refused():
         gradients(compiled(transformed, bar()), IMAGES)
 
 
-def test_a_policy_that_nobody_could_step_is_refused(tmp_path):
+@pytest.mark.parametrize("schedule", ["{kind: bar}", "{kind: constant, warmup: 100}"])
+def test_a_policy_that_nobody_could_step_is_refused(tmp_path, schedule):
     file = tmp_path / "policy.yaml"
-    file.write_text("drop_rate: 0.5\nschedule: {kind: bar}\n")
+    file.write_text(f"drop_rate: 0.5\nschedule: {schedule}\n")
     with pytest.raises(Exception, match=r"policy\.step\(\)"):
         gradients(compiled(net(), str(file)), IMAGES)
 

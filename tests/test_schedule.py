@@ -252,6 +252,47 @@ def test_a_clock_is_not_kept_alive_by_the_optimizers():
     assert len(_automatic) < before
 
 
+def train(optimizer, steps):
+    for _ in range(steps):
+        optimizer.step()
+
+
+MOVING = [{}, {"kind": "linear"}, {"kind": "constant", "warmup": 2}, {"kind": "constant", "interleave": True}]
+
+
+@pytest.mark.parametrize("schedule", MOVING, ids=str)
+def test_a_schedule_that_nobody_can_step_is_told(schedule):
+    """A path or mapping with a manual clock, and no callback of a trainer either: the model would train dense for ever."""
+    model = ssprop_fx.transform(torch.nn.Conv2d(3, 4, 3), {"version": 1, "schedule": schedule})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"10 optimizer steps .* still at step 0.*policy\.step\(\).*clock: optimizer") as told:
+        train(optimizer, 30)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("schedule", [*MOVING, {"kind": "constant"}, {"start": 1.0}], ids=str)
+def test_a_schedule_that_moves_is_one_whose_factor_changes(schedule):
+    schedule = Policy(schedule=schedule).schedule
+    assert schedule.moves == (len({schedule.factor(step) for step in range(20)}) > 1)
+
+
+@pytest.mark.parametrize("by", ["a policy", "a constant schedule", "the optimizer's clock", "a callback", "a state"])
+def test_nobody_is_told_of_a_schedule_that_is_in_order(by, recwarn):
+    given = {
+        "a policy": Policy(schedule={}),  # whoever holds it may step it once an epoch
+        "a constant schedule": {"version": 1, "schedule": {"kind": "constant"}},
+        "the optimizer's clock": {"version": 1},
+    }.get(by, {"version": 1, "schedule": {}})
+    model = ssprop_fx.transform(torch.nn.Conv2d(3, 4, 3), given)
+    policy, optimizer = ssprop_fx.inspect(model).policy, sgd()
+    if by == "a callback":
+        policy.step()
+    if by == "a state":
+        policy.load_state_dict(policy.state_dict() | {"steps": 4})
+    train(optimizer, 30)
+    assert not [w for w in recwarn if "optimizer steps" in str(w.message)]
+
+
 def test_nothing_listens_to_optimizers_until_a_clock_needs_it():
     code = """
 import torch.optim.optimizer as o
