@@ -12,6 +12,34 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ssprop_fx._compat import fake_mode_of
 
 
+def graphs_within(graph_module: GraphModule) -> dict[str, tuple[GraphModule, int]]:
+    """A graph and those that its nodes run, nested regions and branches, each with how often one run of the whole runs it.
+
+    By path; a graph's own is ``""``. Of the two branches of a ``torch.cond`` the first counts as the one that runs.
+    """
+    paths = {module: path for path, module in graph_module.named_modules() if isinstance(module, GraphModule)}
+    times = dict.fromkeys(paths, 0)
+
+    def run(graph: GraphModule) -> None:
+        times[graph] += 1
+        for node in graph.graph.nodes:
+            inner = [attribute(graph, n) for n in node.all_input_nodes if n.op == "get_attr"]
+            inner = [module for module in inner if isinstance(module, GraphModule)]
+            for module in inner[:1] if node.target is torch.ops.higher_order.cond else inner:
+                run(module)
+
+    run(graph_module)
+    return {path: (graph, times[graph]) for graph, path in paths.items()}
+
+
+def attribute(graph_module: GraphModule, node: Node) -> Any:
+    """What a ``get_attr`` node stands for; None if it is gone."""
+    value: Any = graph_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def rewrite_calls(graph_module: GraphModule, target: Any, rewrite: Callable[[Node], bool]) -> PassResult:
     """Offer every call of ``target`` to ``rewrite``, which says whether it replaced it."""
     changed = [rewrite(node) for node in graph_module.graph.find_nodes(op="call_function", target=target)]

@@ -43,6 +43,7 @@ class Convolution:
         arguments: the call's arguments by name; for a module call, input only.
         layer: the name users know.
         kinds: what a policy rule's ``kind`` can match.
+        times: how often one run of the whole graph makes the call; more than once inside of a nested region.
     """
 
     node: Node
@@ -50,6 +51,7 @@ class Convolution:
     arguments: dict[str, Any]
     layer: str
     kinds: frozenset[str]
+    times: int = 1
 
 
 def find_convolutions(

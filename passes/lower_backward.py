@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,24 +20,34 @@ from ssprop_fx.gather import after, channels_last
 from ssprop_fx.masking import is_masked
 from ssprop_fx.selection import Demand, choices
 
-
-def backward_nodes(graph_module: GraphModule) -> list[Node]:
-    """The ``ssprop.conv_backward`` nodes of a graph, in its order."""
-    return [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target is ops.conv_backward]
+from ._graphs import graphs_within
 
 
-def lowering_demands(graph_module: GraphModule) -> dict[Node, Demand]:
-    """What each ``ssprop.conv_backward`` asks for, keyed by node; the layer names are the nodes' (calls, not layers).
+def backward_nodes(graph_module: GraphModule) -> dict[str, tuple[Node, int]]:
+    """The ``ssprop.conv_backward`` nodes of a graph and of those inside it, in its order, with how often each is run.
+
+    By name; inside a nested region or a branch, after the path of that graph.
+    """
+    return {
+        f"{path}.{node.name}".lstrip("."): (node, times)
+        for path, (graph, times) in graphs_within(graph_module).items()
+        for node in graph.graph.find_nodes(op="call_function", target=ops.conv_backward, sort=True)
+    }
+
+
+def lowering_demands(graph_module: GraphModule) -> dict[str, Demand]:
+    """What each ``ssprop.conv_backward`` asks for, by its name in :func:`backward_nodes`; the demands are named so, too.
 
     In the order of the forward, as layers announce themselves in eager mode: among equal layers the rounding plan goes by it.
     """
     demands = {}
-    for node in reversed(backward_nodes(graph_module)):
+    for name, (node, times) in reversed(backward_nodes(graph_module).items()):
         grad, input, weight = (_value(a) for a in node.args[:3])
         geometry = tree_map(lambda arg: as_number(_value(arg)) if isinstance(arg, Node) else arg, node.args[4:10])
         _, drop_rate, criterion, round_to, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
         call = Call.of(input, weight, grad, ConvArgs(*geometry), tuple(node.args[10][:2]))
-        demands[node] = call.demand(node.name, float(drop_rate), round_to, criterion, gradients)
+        demand = call.demand(name, float(drop_rate), round_to, criterion, gradients)
+        demands[name] = replace(demand, flops=demand.flops * max(times, 1))
     return demands
 
 
@@ -47,7 +58,7 @@ class LowerBackward(PassBase):
     that metadata and layer names carry over, and that the graph passes lint.
 
     Args:
-        keep: node name → channels to keep.
+        keep: name in :func:`backward_nodes` → channels to keep.
         decompositions: the table that the code behind the graph expects (Inductor's, or none).
     """
 
@@ -60,19 +71,23 @@ class LowerBackward(PassBase):
         self.keep, self.decompositions = keep, dict(decompositions or {})
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        nodes = backward_nodes(graph_module)
-        for node in nodes:
-            self._lower(graph_module, node, self.keep[node.name])
-        if nodes:
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            graph_module.recompile()
-        return PassResult(graph_module, bool(nodes))
+        changed = set()
+        for name, (node, _) in backward_nodes(graph_module).items():
+            path = name.rpartition(".")[0]
+            self._lower(graph_module.get_submodule(path), node, self.keep[name])
+            changed.add(path)
+        # the outer graphs last: their code refers to the inner ones
+        for path in sorted(changed, reverse=True):
+            graph = graph_module.get_submodule(path)
+            graph.graph.eliminate_dead_code()
+            graph.graph.lint()
+            graph.recompile()
+        return PassResult(graph_module, bool(changed))
 
     def ensures(self, graph_module: GraphModule) -> None:
         left = backward_nodes(graph_module)
         if left:
-            raise AssertionError(f"not lowered: {', '.join(n.name for n in left)}")
+            raise AssertionError(f"not lowered: {', '.join(left)}")
 
     def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
         from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import

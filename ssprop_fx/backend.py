@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from .passes import (
     find_convolutions,
     verify,
 )
+from .passes._graphs import graphs_within
 from .passes.lower_backward import backward_nodes
 from .passes.sparsify import fix_choices
 from .passes.verify import rewritten_layers
@@ -250,8 +251,9 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     ops.register_flop_formulas()
     names = GraphNames(_index, graph_module)
     # a checkpointed block or a compiled region is a graph inside the graph
-    graphs = [m for m in graph_module.modules() if isinstance(m, GraphModule)]
-    convolutions = [find_convolutions(graph, names, linear=True) for graph in graphs]
+    inside = graphs_within(graph_module).values()
+    graphs = [graph for graph, _ in inside]
+    convolutions = [[replace(c, times=t) for c in find_convolutions(graph, names, linear=True)] for graph, t in inside]
     policy = policy_for(policy, names.roots.values())
     _refuse_functorch(graphs, any(convolutions))
     transformed = _transformed_policy(graph_module, names)
@@ -316,9 +318,8 @@ def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy 
         record = transformation_of(root)
         if record is not None:
             return record.policy
-    nodes = [n for m in graph_module.modules() if isinstance(m, GraphModule) for n in m.graph.nodes]
-    for node in nodes:
-        if node.op == "call_function" and node.target is ops.conv:
+    for graph, _ in graphs_within(graph_module).values():
+        for node in graph.graph.find_nodes(op="call_function", target=ops.conv):
             return allocation_for(node.args[-1]).policy
     return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .convolutions import ConvArgs, conv_backward_flops
 from .cost import Call, as_number
@@ -38,31 +38,39 @@ def calls_of(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
 
 
 def _uses(record: GraphRecord) -> dict[str, list[Use]]:
-    """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them."""
+    """The calls of one graph's layers: from its backward, where there is one, else as Dynamo saw them.
+
+    What a nested region runs several times is a call of each of the modules that it runs for.
+    """
     from .ops import BACKWARD_SETTINGS_AT
     from .passes.lower_backward import backward_nodes
 
     found: dict[str, list[Use]] = {}
+    other_branch: dict[str, list[Use]] = {}
+
+    def add(layer: str, use: Use, times: int) -> None:
+        (found if times else other_branch).setdefault(layer, []).extend([use] * record.shared.share(layer, times))
+
     dispatcher = record.dispatcher
     if dispatcher is not None:
-        for node in reversed(backward_nodes(dispatcher.graph_module)):
+        for name, (node, times) in reversed(backward_nodes(dispatcher.graph_module).items()):
             call = _call_of_backward(node, node.args[4:10], node.args[10])
             if call is not None:
-                found.setdefault(str(node.args[BACKWARD_SETTINGS_AT]), []).append(Use(call, dispatcher, node.name))
-    dense, in_backward = _dense_calls(record), set(found)
+                add(str(node.args[BACKWARD_SETTINGS_AT]), Use(call, dispatcher, name), times)
+    dense, in_backward = _dense_calls(record), found.keys() | other_branch.keys()
     for decision in record.decisions:
         c = decision.convolution
         if dispatcher is not None and decision.sparse and c.layer in in_backward:
             continue
         call = _captured_call(c)
         if call is not None and dispatcher is not None and decision.sparse:
-            found.setdefault(c.layer, []).append(Use(replace(call, needs=(False, False))))
+            add(c.layer, Use(replace(call, needs=(False, False))), c.times)
         elif call is not None:
             match = next((i for i, other in enumerate(dense) if other[:2] == (call.input, call.weight)), None)
             if match is not None:
                 call = replace(call, needs=dense.pop(match)[2])
-            found.setdefault(c.layer, []).append(Use(call))
-    return found
+            add(c.layer, Use(call), c.times)
+    return other_branch | found
 
 
 def _call_of_backward(node: Node, args: Sequence[Any], mask: Any) -> Call | None:
@@ -76,14 +84,22 @@ def _dense_calls(record: GraphRecord) -> list[tuple[tuple[int, ...], tuple[int, 
     """(input shape, weight shape, gradients computed) of the backward graph's dense convolutions, in forward order."""
     found: list[Any] = []
     if record.backward is not None:
-        target = torch.ops.aten.convolution_backward.default
-        for node in record.backward.graph.find_nodes(op="call_function", target=target):
+        for node, _ in _nodes(record.backward, torch.ops.aten.convolution_backward.default):
             stride, padding, dilation, transposed, output_padding, groups, mask = node.args[4:11]
             args = (stride, padding, dilation, transposed, output_padding, groups)
             call = _call_of_backward(node, args, mask)
             if call is not None:
                 found.append((call.input, call.weight, call.needs))
     return found[::-1]
+
+
+def _nodes(graph_module: GraphModule, target: Any) -> Iterator[tuple[Node, int]]:
+    """The calls of ``target`` in a graph and those inside it, each with how often one run of the whole makes it."""
+    from .passes._graphs import graphs_within
+
+    for graph, times in graphs_within(graph_module).values():
+        for node in graph.graph.find_nodes(op="call_function", target=target):
+            yield node, times
 
 
 def _captured_call(convolution: Any) -> Call | None:
@@ -150,7 +166,7 @@ def merged_flops(model: nn.Module, records: Sequence[GraphRecord]) -> int:
         asked = _asked_flops(record)
         runs = max((len(list(record.names_of(d, model))) for d in record.decisions), default=1)
         forward: Any = record.forward
-        made = sum(map(_forward_flops, forward.graph.find_nodes(op="call_function", target=_CONVOLUTION)))
+        made = sum(times * _forward_flops(node) for node, times in _nodes(forward, _CONVOLUTION))
         saved += runs * max(0, asked - made)
     return saved
 
@@ -160,12 +176,14 @@ def _asked_flops(record: GraphRecord) -> int:
     from .ops import conv
     from .passes.find_convolutions import example_value
 
-    calls = [_captured_call(d.convolution) for d in record.decisions if d.convolution.spec.dim]
-    for node in record.captured.graph.find_nodes(op="call_function", target=conv):
-        values = [example_value(a) for a in (*node.args[:2], node)]
+    own = [d.convolution for d in record.decisions if d.convolution.spec.dim]
+    calls = [(_captured_call(convolution), convolution.times) for convolution in own]
+    for node, times in _nodes(record.captured, conv):
+        arguments: Any = node.args
+        values = [example_value(a) for a in (*arguments[:2], node)]
         if all(isinstance(value, Tensor) for value in values) and values[1].dim() > 2:
-            calls.append(Call.of(values[0], values[1], values[2], ConvArgs(*node.args[3:9])))
-    return sum(call.forward_flops() for call in calls if call is not None)
+            calls.append((Call.of(values[0], values[1], values[2], ConvArgs(*arguments[3:9])), times))
+    return sum(times * call.forward_flops() for call, times in calls if call is not None)
 
 
 def _forward_flops(node: Node) -> int:

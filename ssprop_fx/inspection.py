@@ -281,12 +281,17 @@ def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]
     """The graphs that name the model's allocation."""
     from .backend import state_of
     from .ops import conv
+    from .passes._graphs import graphs_within
 
     handle = transformation.allocation.handle
     return [
         record
         for record in state_of(transformation.policy).records
-        if any(n.args[-1] == handle for n in record.captured.graph.find_nodes(op="call_function", target=conv))
+        if any(
+            node.args[-1] == handle
+            for graph, _ in graphs_within(record.captured).values()
+            for node in graph.graph.find_nodes(op="call_function", target=conv)
+        )
     ]
 
 
@@ -298,6 +303,8 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
             c = decision.convolution
             for layer, settings in record.names_of(decision, model):
                 layers.setdefault(layer, Layer(c.spec.name, c.kinds, "graph", settings, compiled.get(c.layer, ())))
+    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    layers = dict(sorted(layers.items(), key=lambda item: place.get(item[0].partition("#")[0], len(place))))
     left = []
     missed = measurement.missed if measurement else {}
     for name, module in model.named_modules():

@@ -21,6 +21,7 @@ from ._compat import fake_mode_of, lowering_context
 from .allocation import allocation_for, observers
 from .logs import backward_lowered
 from .passes import ChannelsLastScatter, ChannelsLastSums, LowerBackward, lowering_demands
+from .passes._graphs import graphs_within
 from .passes.lower_backward import backward_nodes
 from .profit import Timing, settle
 
@@ -74,8 +75,10 @@ class PhaseDispatcher:
         self.graph_module, self.example_inputs = graph_module, list(example_inputs)
         self.compiler, self.decompositions = compiler, decompositions
         self.fake_mode = fake_mode_of(self.example_inputs)
-        self.demands = {node.name: demand for node, demand in lowering_demands(graph_module).items()}
-        self.settings = {n.name: n.args[ops.BACKWARD_SETTINGS_AT :] for n in backward_nodes(graph_module)}
+        self.demands = lowering_demands(graph_module)
+        nodes = backward_nodes(graph_module)
+        self.settings = {name: node.args[ops.BACKWARD_SETTINGS_AT :] for name, (node, _) in nodes.items()}
+        self.times = {name: times for name, (_, times) in nodes.items()}
         self._begin(record)
 
     def _begin(self, record: GraphRecord) -> None:
@@ -93,8 +96,9 @@ class PhaseDispatcher:
             with lock:
                 run = self.by_factor.get(factors) or self._enter(factors)
         for observe in observers:
-            for settings in self.settings.values():
-                observe(settings[0])
+            for name, settings in self.settings.items():
+                for _ in range(self.times[name]):
+                    observe(settings[0])
         return run(inputs)
 
     def kept(self) -> dict[str, int]:
@@ -109,14 +113,15 @@ class PhaseDispatcher:
         """The backward graph for a phase, as the compiler gets it.
 
         Args:
-            counts: node → channels to keep.
+            counts: name of a node → channels to keep.
         """
         lowered = copy_graph(self.graph_module)
         with lowering_context(self.fake_mode):
             LowerBackward(counts, self.decompositions)(lowered)
             if self.decompositions:  # for Inductor
-                ChannelsLastScatter()(lowered)
-                ChannelsLastSums()(lowered)
+                for graph, _ in graphs_within(lowered).values():
+                    ChannelsLastScatter()(graph)
+                    ChannelsLastSums()(graph)
         return lowered
 
     def _enter(self, factors: tuple[float, ...]) -> Callable[..., Any]:
@@ -189,7 +194,7 @@ def _digest() -> str:
 
 
 def copy_graph(graph_module: GraphModule) -> GraphModule:
-    """A copy of a graph module that passes may rewrite; it shares parameters and constants."""
+    """A copy of a graph module, and of the graphs inside it, that passes may rewrite; it shares parameters and constants."""
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, {}, return_output_node=True)
     value, old_output = output  # type: ignore[misc]
@@ -197,4 +202,8 @@ def copy_graph(graph_module: GraphModule) -> GraphModule:
     graph._codegen = graph_module.graph._codegen
     result = GraphModule(graph_module, graph)
     result.meta = copy.copy(graph_module.meta)
+    inner = {child: copy_graph(child) for child in result.children() if isinstance(child, GraphModule)}
+    for name, child in result._modules.items():
+        if child in inner:
+            result._modules[name] = inner[child]
     return result

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ._compat import graph_argument
 from .errors import SSPropError
 from .naming import ModuleIndex
+from .passes._graphs import attribute
 from .policy import Policy, Settings
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ class SharedCode:
             if instance.root() is root and layer in instance.layers:
                 yield instance.layers[layer]
 
+    def share(self, layer: str, times: int) -> int:
+        """How many of the ``times`` that the graph runs its ``layer`` are each module's own."""
+        names = {layer, *(instance.layers[layer][0] for instance in self.instances if layer in instance.layers)}
+        return max(1, times // len(names))
+
     def _check(self, anchor: Anchor, tensor: Any) -> None:
         if anchor.serves(tensor) or (isinstance(anchor.example, nn.Parameter) and not isinstance(tensor, nn.Parameter)):
             return  # what is no parameter was put in a parameter's place, by torch.func.functional_call for one
@@ -150,7 +156,7 @@ class GraphInputs:
         for graph in graph_module.modules():
             if isinstance(graph, GraphModule):
                 for node in graph.graph.find_nodes(op="get_attr"):
-                    inner = _attribute(graph, str(node.target))
+                    inner = attribute(graph, node)
                     if isinstance(inner, GraphModule):
                         self.calls.setdefault(inner, []).extend((graph, user) for user in node.users)
 
@@ -201,12 +207,6 @@ def find_anchors(
                 known = {id(own): weakref.ref(own)}
                 yield from (Anchor(position, owner, paths[id(own)], distinct, t, dict(known)) for position, t in calls)
                 break
-
-
-def _attribute(module: Any, target: str) -> Any:
-    for part in target.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 __all__ = ["Anchor", "GraphInputs", "Instance", "SharedCode", "find_anchors"]

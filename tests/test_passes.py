@@ -16,6 +16,7 @@ from ssprop_fx.passes import (
     verify,
 )
 from ssprop_fx.passes.find_convolutions import example_value
+from ssprop_fx.passes.lower_backward import backward_nodes
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.fx import symbolic_trace
@@ -319,8 +320,8 @@ def backward_graph(form="2d", mask=(True, True, True), keep=None, **changes):
 def test_lowered_graph_computes_what_the_operator_does(form, changes):
     graph, given, channels = backward_graph(form, **changes)
     expected = graph(*given)
-    (node,) = lowering_demands(graph)
-    LowerBackward({node.name: channels // 2})(graph)
+    (name,) = lowering_demands(graph)
+    LowerBackward({name: channels // 2})(graph)
     assert ops.conv_backward not in targets(graph)
     for a, b in zip(graph(*given), expected, strict=True):
         assert a.stride() == b.stride()
@@ -332,8 +333,8 @@ def test_lowering_computes_only_what_is_asked_for(mask):
     for gradients in ("all", "weight"):
         graph, given, _ = backward_graph(mask=mask, gradients=gradients)
         expected = graph(*given)
-        (node,) = lowering_demands(graph)
-        LowerBackward({node.name: 4})(graph)
+        (name,) = lowering_demands(graph)
+        LowerBackward({name: 4})(graph)
         got = graph(*given)
         assert len(got) == sum(mask)
         for a, b in zip(got, expected, strict=True):
@@ -343,8 +344,8 @@ def test_lowering_computes_only_what_is_asked_for(mask):
 @pytest.mark.parametrize("form", FORMS)
 def test_lowering_to_all_channels_is_the_dense_backward(form):
     graph, given, channels = backward_graph(form)
-    (node,) = lowering_demands(graph)
-    LowerBackward({node.name: channels})(graph)
+    (name,) = lowering_demands(graph)
+    LowerBackward({name: channels})(graph)
     assert targets(graph).count(torch.ops.aten.convolution_backward.default) == 1
     assert set(targets(graph)) <= {torch.ops.aten.convolution_backward.default, operator.getitem}
     dense, _, _ = backward_graph(form, rate=0.0)
@@ -353,10 +354,10 @@ def test_lowering_to_all_channels_is_the_dense_backward(form):
 
 def test_lowered_nodes_keep_metadata_and_layer_name():
     graph, _, _ = backward_graph()
-    (node,) = lowering_demands(graph)
+    ((name, (node, _)),) = backward_nodes(graph).items()
     node.meta["fwd_nn_module_stack"] = {"1": ("L['self'].stem", nn.Conv2d)}
     before = set(graph.graph.nodes)
-    LowerBackward({node.name: 2})(graph)
+    LowerBackward({name: 2})(graph)
     new = [n for n in graph.graph.nodes if n not in before]
     assert len(new) > 5
     for n in new:
@@ -366,8 +367,10 @@ def test_lowered_nodes_keep_metadata_and_layer_name():
 
 def test_lowering_demands_name_calls_channels_and_cost():
     graph, given, _ = backward_graph("grouped")
-    ((node, demand),) = lowering_demands(graph).items()
-    assert (demand.layer, demand.channels, demand.drop_rate) == (node.name, 4, 0.5)
+    ((name, demand),) = lowering_demands(graph).items()
+    (node,) = graph.graph.find_nodes(op="call_function", target=ops.conv_backward)
+    assert (demand.layer, demand.channels, demand.drop_rate) == (name, 4, 0.5)
+    assert name == node.name
     assert demand.flops == 2 * 2 * given[0].numel() * 2 * 9  # two gradients, multiply and add, C/g = 2, 3×3
 
 

@@ -1,14 +1,17 @@
 """Compiled code that runs for several modules: by the rule of each, or refused; never by another module's rule."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ssprop_fx.passes._graphs import graphs_within
+from ssprop_fx.passes.lower_backward import backward_nodes
 from torch import nn
 
 import ssprop_fx
-from ssprop_fx import Policy, SSPropError
+from ssprop_fx import Policy, SSPropError, ops
 from ssprop_fx.backend import records_of
 
 OPTIONS = {"inner": "aot_eager"}
@@ -136,6 +139,81 @@ def test_nested_regions_under_different_rules_are_refused_and_the_remedy_works()
     torch._dynamo.reset()
     transformed = ssprop_fx.transform(Regions(), policy(rules=OTHER_RULE))
     assert zero_rows(torch.compile(transformed, backend="ssprop", options=OPTIONS)) == [4, 6, 4]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_nested_regions_are_lowered_planned_and_reported_as_if_they_were_not_nested(inner):
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv2d(8, 40, 3, padding=1), nn.GroupNorm(4, 40), nn.Conv2d(40, 8, 1)
+
+        def forward(self, x):
+            return self.out(self.norm(self.conv(x)).relu()) + x
+
+    nested, flat = Regions(Deep).double(), Net(Deep).double()
+    flat.load_state_dict(nested.state_dict())
+    gradients, reports = [], []
+    for model in (nested, flat):
+        options = {"policy": policy(round_to="auto", drop_rate=0.6), "inner": inner}
+        compiled = torch.compile(model, backend="ssprop", options=options)
+        compiled(X.double()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        reports.append(ssprop_fx.inspect(compiled, X.double()))
+        for _, record in records_of(model):
+            assert not [name for graph in record.lowered.values() for name in backward_nodes(graph)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert reports[0].coverage == 1.0
+    assert len(reports[0].rows) == 7
+    for mine, expected in zip(reports[0].rows, reports[1].rows, strict=True):
+        assert dataclasses.replace(mine, rung=expected.rung) == expected
+
+
+def test_a_region_that_one_module_runs_twice_is_two_calls():
+    class Twice(Regions):
+        def forward(self, x):
+            return self.run(self.blocks[0], self.run(self.blocks[0], self.stem(x)))
+
+    model = Twice()
+    compiled = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy()})
+    compiled(X).square().sum().backward()
+    row = next(row for row in ssprop_fx.inspect(compiled, X).rows if row.layer == "blocks.0.conv")
+    assert (row.calls, row.flops_dense) == (2, 2 * 2 * (2 * 2 * 36 * 8 * 8 * 9))
+    assert ssprop_fx.inspect(compiled, X).measurement.calls["blocks.0.conv"] == 2
+
+
+class Branches(Net):
+    """``torch.cond`` between one block and another that is run with a factor."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.cond(x.sum() > 0, lambda v: self.blocks[0](v), lambda v: 2 * self.blocks[1](v), (x,))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_branches_of_a_condition_follow_the_policy_and_the_report_says_so(sign):
+    model = Branches()
+    with torch.no_grad():
+        model.stem.bias.fill_(10.0 * sign)
+    compiled = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy()})
+    compiled(X).square().sum().backward()
+    taken = 0 if sign > 0 else 1
+    rows = [int((b.conv.weight.grad.flatten(1).abs().sum(1) == 0).sum()) for b in model.blocks[:2]]
+    assert rows == [4, 8] if taken == 0 else [8, 4]
+    for row in ssprop_fx.inspect(compiled).rows:
+        if row.layer.startswith(("blocks.0", "blocks.1")):
+            assert (row.kept, row.total, row.reason, row.flops_now) == (4, 8, "", row.flops_dense // 2)
+
+
+def test_what_dynamo_captured_stays_as_it_was_inside_of_regions_too():
+    model = Regions()
+    torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy()})(X).sum().backward()
+    ((_, record),) = records_of(model)
+    captured, rewritten = (graphs_within(graph).values() for graph in (record.captured, record.rewritten))
+    assert [times for _, times in captured] == [times for _, times in rewritten] == [1, 3]
+    for (before, _), (after, _) in zip(captured, rewritten, strict=True):
+        assert not before.graph.find_nodes(op="call_function", target=ops.conv)
+        assert len(after.graph.find_nodes(op="call_function", target=ops.conv)) == 1
 
 
 def function(**options):
