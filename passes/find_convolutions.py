@@ -10,10 +10,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ssprop_fx.convolutions import (
-    CONVOLUTIONS,
     GENERAL,
     LINEAR,
     SPEC_OF_FUNCTION,
+    SPEC_OF_OPERATOR,
     ConvSpec,
     bind_general,
     conv_kinds,
@@ -21,16 +21,7 @@ from ssprop_fx.convolutions import (
 )
 from ssprop_fx.cost import as_number
 
-_ATEN = {
-    getattr(torch.ops.aten, name).default: spec
-    for name, spec in CONVOLUTIONS.items()
-    if hasattr(getattr(torch.ops.aten, name), "default")
-} | {
-    torch.ops.aten.conv_transpose2d.input: CONVOLUTIONS["conv_transpose2d"],
-    torch.ops.aten.conv_transpose3d.input: CONVOLUTIONS["conv_transpose3d"],
-    torch.ops.aten.linear.default: LINEAR,
-    LINEAR.function: LINEAR,
-}
+_LINEAR = (torch.ops.aten.linear.default, LINEAR.function)
 
 
 @dataclass(frozen=True)
@@ -112,13 +103,16 @@ def _match(module: GraphModule, node: Node) -> tuple[ConvSpec, dict[str, Any], A
         if spec is None:
             return None
         bound = {"input": node.args[0] if node.args else node.kwargs["input"]}
-        return spec, bound, tuple(target.weight.shape), target.groups
+        weight = target.weight  # one that the forward generates is no tensor while it is traced
+        return spec, bound, tuple(weight.shape) if isinstance(weight, torch.Tensor) else None, target.groups
     if node.op != "call_function":
         return None
     if node.target in GENERAL:
         spec, bound = bind_general(node.args, node.kwargs, lambda weight: example_value(weight).dim())
         return spec, bound, example_value(bound["weight"]).shape, bound["groups"]
-    spec = SPEC_OF_FUNCTION.get(node.target) or _ATEN.get(node.target)
+    spec = SPEC_OF_FUNCTION.get(node.target) or SPEC_OF_OPERATOR.get(node.target)
+    if node.target in _LINEAR:
+        spec = LINEAR
     if spec is None:
         return None
     bound = spec.bind(node.args, node.kwargs)

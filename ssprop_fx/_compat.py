@@ -38,16 +38,17 @@ def forward_ad_active() -> bool:
 
 
 @contextlib.contextmanager
-def without_accumulation_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Let no hook run when gradients of ``tensors`` have been accumulated: some train the model there and then."""
-    hooks = [(t, t._post_accumulate_grad_hooks) for t in tensors if t._post_accumulate_grad_hooks]
-    for tensor, _ in hooks:
-        tensor._post_accumulate_grad_hooks = {}
+def without_gradient_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let no hook hear of the gradients of ``tensors``, which are leaves: some train the model there and then."""
+    hooks = [(t, name, getattr(t, name)) for t in tensors for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    hooks = [(tensor, name, own) for tensor, name, own in hooks if own]
+    for tensor, name, _ in hooks:
+        setattr(tensor, name, {})
     try:
         yield
     finally:
-        for tensor, own in hooks:
-            tensor._post_accumulate_grad_hooks = own
+        for tensor, name, own in hooks:
+            setattr(tensor, name, own)
 
 
 def keeps_graph() -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .convolutions import GENERAL, SPEC_OF_FUNCTION, ConvSpec, bind_general, conv_kinds
+from .convolutions import GENERAL, SPEC_OF_FUNCTION, SPEC_OF_OPERATOR, ConvSpec, bind_general, conv_kinds
 from .sites import Site, convolve, handled
 
 
@@ -23,24 +24,28 @@ class CallSites:
 
     Args:
         owner: the module's name; the first functional ``conv2d`` of its forward is the layer ``owner#conv2d.0``.
-        make_site: (layer, spec, kinds) → Site, by the policy.
+        make_site: (layer, spec, kinds) → Site, by the policy; the one that there is, if it decides alike.
         own: for a convolution module that calls the function itself: the layer's site, used for its first call.
     """
 
-    def __init__(self, owner: str, make_site: Callable[[str, ConvSpec, frozenset[str]], Site], own: Site | None = None) -> None:
+    def __init__(self, owner: str, make_site: Callable[..., Site], own: Site | None = None) -> None:
         self.owner, self.make_site, self.own = owner, make_site, own
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[tuple[str, torch.Size, int], Site] = {}
 
     def site(self, spec: ConvSpec, nth: int, weight_shape: torch.Size, groups: int) -> Site:
-        """The site of the ``nth`` call of ``spec``'s function in a forward."""
+        """The site of the ``nth`` call of ``spec``'s function in a forward.
+
+        A call that comes with another kernel than before (sampled from several, or of each sample's own) has the same name,
+        and is decided upon again, since rules may go by kind.
+        """
         if nth == 0 and self.own is not None and self.own.spec is spec:
             return self.own
         layer = functional_name(self.owner, spec.name, nth)
-        site = self.sites.get(layer)
-        if site is None:
+        known = self.sites.get((layer, weight_shape, groups))
+        if known is None:
             kinds = conv_kinds(spec, weight_shape, groups, functional=True)
-            site = self.sites[layer] = self.make_site(layer, spec, kinds)
-        return site
+            known = self.sites[layer, weight_shape, groups] = self.make_site(layer, spec, kinds)
+        return known
 
 
 def functional_name(owner: str, function: str, nth: int) -> str:
@@ -55,7 +60,7 @@ class _Intercept(TorchFunctionMode):
         self.counts: dict[str, int] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        spec = SPEC_OF_FUNCTION.get(func)
+        spec = SPEC_OF_FUNCTION.get(func) or SPEC_OF_OPERATOR.get(func)
         if (spec is None and func not in GENERAL) or handled():
             return func(*args, **(kwargs or {}))
         if spec is not None:
@@ -70,8 +75,22 @@ class _Intercept(TorchFunctionMode):
 
 def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward; the functional convolutions that it makes go through their sites."""
-    with _Intercept(call_sites):
-        return forward(*args, **kwargs)
+    mode = _Intercept(call_sites)
+    with mode:
+        result = forward(*args, **kwargs)
+    return _each_under(mode, result) if isinstance(result, types.GeneratorType) else result
+
+
+def _each_under(mode: TorchFunctionMode, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """A generator whose steps run under ``mode``, and what happens between them does not."""
+    sent = None
+    while True:
+        with mode:
+            try:
+                item = generator.send(sent)
+            except StopIteration as end:
+                return end.value
+        sent = yield item
 
 
 class Intercepted(functools.partial):

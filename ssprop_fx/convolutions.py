@@ -175,6 +175,15 @@ def _row(name: str) -> ConvSpec:
 SPEC_OF_FUNCTION: dict[Any, ConvSpec] = {spec.function: spec for spec in CONVOLUTIONS.values()}
 
 
+# The operators behind them, as graphs of aten operations and code that calls ``torch.ops.aten`` have them.
+SPEC_OF_OPERATOR: dict[Any, ConvSpec] = {
+    getattr(getattr(torch.ops.aten, name), overload): spec
+    for name, spec in CONVOLUTIONS.items()
+    for overload in ("default", "input", "padding")
+    if hasattr(getattr(torch.ops.aten, name), overload)
+} | {getattr(torch.ops.aten, name): spec for name, spec in CONVOLUTIONS.items()}
+
+
 def spec_of_module(module: nn.Module, linear: bool = False) -> ConvSpec | None:
     """The row of a convolution module (subclasses included) and, if asked for, of a linear one; or None."""
     if linear and isinstance(module, nn.Linear):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import random
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ._compat import in_backward, is_compiled, without_accumulation_hooks
+from ._compat import in_backward, is_compiled, without_gradient_hooks
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
 from .errors import SSPropError, TransformError
 from .policy import Policy, Settings
-from .sharing import shared_copy
+from .schedule import clocks_put_back
+from .sharing import reachable, shared_copy
 from .sites import handled
 from .transform import Transformation, transform, transformation_of
 
@@ -140,8 +142,8 @@ class BackwardCounter(TorchDispatchMode):
 def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     """Run one dense and one sparse training step and count.
 
-    The loss is the mean square of every floating-point output. Buffers, frozen parameters, tensors among the attributes,
-    gradients and random states are put back; hooks that wait for a parameter's gradient do not run.
+    The loss is the mean square of every floating-point output. Parameters, buffers, tensors among the attributes and in what
+    they refer to, gradients, random states and clocks are put back; hooks that wait for a parameter's gradient do not run.
 
     Args:
         model: transformed, compiled, or both.
@@ -172,7 +174,9 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
         layers = _measured(record, transformation_of(dense_model), seen)
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
         elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
-        counter.hidden.subtract(_caller(user_model, layer) for layer in record.skipped)  # those have rows of their own
+        for layer in record.skipped:  # those have rows of their own
+            caller = _caller(user_model, layer)
+            counter.hidden[caller] = 0 if caller == layer else counter.hidden[caller] - 1
         hidden = dict(+counter.hidden)
         reached = seen.total() - by_rule, by_rule, dict(seen)
         return Measurement(counter.count, *reached, *flops, layers, hidden=hidden, elsewhere=elsewhere)
@@ -242,7 +246,8 @@ def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) ->
 
     for name in names:
         copied.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
-    with _undone(model), torch.no_grad():
+    with _undone(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a checkpoint's, of inputs without gradients
         _call(copied, example_inputs)
     return found
 
@@ -290,20 +295,19 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    # buffers, attributes, and frozen parameters: a codebook that the forward itself moves
-    state = tree_leaves([list(vars(module).values()) for module in model.modules()])
-    moved = {id(t): _once(t) for t in state if isinstance(t, Tensor) and not t.requires_grad}
-    values = [(t, t.detach().clone()) for t in moved.values()]
+    """Whatever a step does to the model's tensors, to gradients, random states and clocks is put back."""
+    found = (_once(value.detach()) for value in reachable([model]) if isinstance(value, Tensor) and value.is_leaf)
+    values = [(tensor, tensor.clone()) for tensor in found]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
     try:
-        with torch.random.fork_rng(), _python_random(), without_accumulation_hooks(p for p, _ in grads):
+        with torch.random.fork_rng(), _python_random(), clocks_put_back(), without_gradient_hooks(p for p, _ in grads):
             yield
     finally:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)  # not counted as a change: a graph may have saved it
         for p, grad in grads:
             p.grad = grad
 

@@ -74,14 +74,15 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     if record is not None:
         records = _records_of_transformed(record) if is_compiled(model) else []
         measurement = _as_compiled(measurement, user_model, records)
-        return _of_transformed(user_model, record, measurement, records, example_inputs)
+        return _of_transformed(model, record, measurement, records, example_inputs)
     records = _records(user_model)
     if records:
         return _of_compiled(user_model, records, _as_compiled(measurement, user_model, records))
     if is_compiled(model):
         raise SSPropError(
-            'the model is compiled but nothing has been captured for the backend "ssprop" yet; '
-            'run a training step first (and check that backend="ssprop" was given)'
+            'no graph of the compiled model has come to the backend "ssprop": no step was run yet, another backend was given, '
+            "or Dynamo gave the model up, and then all of it trains dense (TORCH_LOGS=graph_breaks tells why); to reach every "
+            "convolution call ssprop_fx.transform(model, policy) first and compile its result"
         )
     raise SSPropError(
         f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
@@ -190,6 +191,10 @@ def _of_transformed(
     records: list[GraphRecord],
     example_inputs: Any,
 ) -> Report:
+    from .naming import unwrap
+
+    unreached = _unreached(measurement) if measurement is not None and is_compiled(model) else {}
+    model = unwrap(model)
     traced = functools.cache(lambda: capture(model, record))
     in_graph = {layer for t in traced() for layer in t.layers}
     compiled = calls_of(records)
@@ -197,13 +202,13 @@ def _of_transformed(
     layers: dict[str, Layer] = {}
     gone, new = changed_layers(next(iter(transformed_parts(model).values())), record)
     for name, site in record.sites.items():
-        if name in gone:
+        if name in gone or name in unreached:
             continue
         rung = "graph" if name in in_graph else site.rung
         uses = compiled.get(name) or _site_uses(site, measured.get(name))
         layers[name] = Layer(site.spec.name, site.kinds, rung, site.settings, uses)
     for name, m in measured.items():  # functional calls that only the measured step has met
-        if name not in layers and name not in gone:
+        if name not in layers and name not in gone and name not in unreached:
             uses = compiled.get(name) or tuple(map(Use, m.calls))
             layers[name] = Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
@@ -221,12 +226,21 @@ def _of_transformed(
     for owner, count in (measurement.hidden if measurement else {}).items():
         if owner not in new:
             left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
-    if measurement is not None and measurement.elsewhere:
-        left.append(
-            _left_row("elsewhere#convolution", f"{measurement.elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",))
-        )
+    left += [_left_row(name, _COMPILED, m.spec.name, sorted(m.kinds)) for name, m in unreached.items()]
+    elsewhere = measurement.elsewhere - sum(len(m.calls) for m in unreached.values()) if measurement else 0
+    if elsewhere > 0:
+        left.append(_left_row("elsewhere#convolution", f"{elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
     return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
+
+
+def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
+    """Layers of a compiled model with calls that had a gradient in the dense step, and none in the sparse one."""
+    found = {}
+    for name, layer in measurement.layers.items():
+        if any(call.needs and any(call.needs) for call in layer.calls) and not measurement.calls.get(name):
+            found[name] = layer
+    return found if measurement.elsewhere else {}
 
 
 def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[Use, ...]:
@@ -264,9 +278,10 @@ def _innermost(node: Node) -> str:
 
 _HIDDEN = "in code that transform cannot change (scripted by torch.jit?); the backend may reach it"
 _ELSEWHERE = (
-    "made outside of its module's forward: again in the backward pass (use_reentrant=False in checkpoint), in another "
-    "thread, or in a method that is no forward"
+    "made outside of its module's forward: again in the backward pass (which use_reentrant=False in checkpoint avoids), in "
+    "another thread, or in a method that is no forward"
 )
+_COMPILED = "in compiled code where transform does not reach it: in a checkpoint of a method, for one"
 _NEW = "put into the model after transform; transform the original again"
 _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
 
@@ -307,6 +322,8 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
     layers = dict(sorted(layers.items(), key=lambda item: place.get(item[0].partition("#")[0], len(place))))
     left = []
     missed = measurement.missed if measurement else {}
+    for name in [name for name in layers if measurement is not None and name in missed and name not in measurement.calls]:
+        del layers[name]  # what the graphs hold of it has no backward pass
     for name, module in model.named_modules():
         spec = spec_of_module(module)
         if spec is not None and name not in layers:

@@ -11,7 +11,6 @@ import contextlib
 import dis
 import functools
 import inspect
-import itertools
 import sys
 import types
 from collections.abc import Iterator, Set
@@ -27,10 +26,10 @@ _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a memb
 # Whoever mentions one of these may call a convolution, or anything.
 _NAMES = frozenset(spec.name for spec in SPEC_OF_FUNCTION.values()) | {"_conv_forward", "convolution", "_convolution"}
 _CLASSES = frozenset(spec.module.__name__ for spec in SPEC_OF_FUNCTION.values())
-_ANYTHING = frozenset({"eval", "exec"})
+_ANYTHING = frozenset({"eval", "exec", "attrgetter", "methodcaller"})
 
 _CONTAINERS = (list, tuple, set, frozenset, dict, types.MappingProxyType)
-_DEPTH = 3  # of plain objects and containers within each other
+_DEPTH = 8  # of plain objects and containers within each other
 
 
 def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> bool:
@@ -65,18 +64,21 @@ def _class_reaches(cls: type, held: frozenset[type]) -> bool:
     return _reaches([(cls.forward, cls)], held)  # type: ignore[attr-defined]
 
 
-def _stored(values: Any, depth: int) -> Iterator[Any]:
+def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
     """Functions, plain objects and modules among some values, and in the containers and plain objects among them."""
+    seen = set() if seen is None else seen
     for value in values:
         if _is_code(value) or isinstance(value, nn.Module):
             yield value
         elif isinstance(value, _CONTAINERS):
-            if depth:
-                yield from _stored(value.values() if hasattr(value, "values") else value, depth - 1)
+            if depth and id(value) not in seen:
+                seen.add(id(value))
+                yield from _stored(value.values() if hasattr(value, "values") else value, depth - 1, seen)
         elif not isinstance(value, (type, torch.Tensor)) and type(value).__module__ != "builtins":
             yield value
-            if depth and not _is_torch(type(value)):
-                yield from _stored(getattr(value, "__dict__", {}).values(), depth - 1)
+            if depth and id(value) not in seen and not _is_torch(type(value)):
+                seen.add(id(value))
+                yield from _stored(getattr(value, "__dict__", {}).values(), depth - 1, seen)
 
 
 def _is_code(value: Any) -> bool:
@@ -88,7 +90,7 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
     seen: set[Any] = set()
     while todo:
         value, cls = todo.pop()
-        if isinstance(value, functools.partial):
+        if isinstance(value, (functools.partial, functools.partialmethod)):
             todo += [(v, cls) for v in (value.func, *value.args, *value.keywords.values())]
         elif isinstance(value, types.MethodType):
             todo.append((value.__func__, type(value.__self__)))
@@ -102,6 +104,7 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
                 seen.add((value.__code__, cls))
                 if _mentions_convolution(value, cls):
                     return True
+                todo += [(v, cls) for v in getattr(value, "registry", {}).values()]  # of functools.singledispatch
                 todo += _successors(value, cls, held)
         elif isinstance(value, nn.Module):  # one that is no part of the model
             if any(spec_of_module(m) is not None for m in value.modules()):
@@ -115,9 +118,18 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
                 return True
         elif isinstance(wrapped := inspect.getattr_static(value, "__wrapped__", None), types.FunctionType):
             todo.append((wrapped, cls))
+        elif isinstance(value, functools.cached_property):
+            todo.append((value.func, cls))
         elif not isinstance(value, torch.Tensor) and not _is_torch(type(value)):
-            todo += [(v, type(value)) for v in _members(type(value), "__call__") if isinstance(v, types.FunctionType)]
+            todo += [(v, type(value)) for v in _implicit(type(value))]
     return False
+
+
+def _implicit(cls: type) -> Iterator[types.FunctionType]:
+    """The methods of a plain object that code calls without their names: operators, indexing, ``with``, calls, its making."""
+    for klass in cls.__mro__:
+        if klass.__module__.partition(".")[0] not in sys.stdlib_module_names:
+            yield from (v for n, v in vars(klass).items() if n[:2] == n[-2:] == "__" and isinstance(v, types.FunctionType))
 
 
 def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
@@ -129,18 +141,33 @@ def _mentions_convolution(function: types.FunctionType, cls: type | None) -> boo
     return "getattr" in names and (any(s.startswith("conv") for s in strings) or _looks_up_in_torch(function))
 
 
+def _lookups(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    """What ``getattr`` is asked in code: the name of the object, and what that of the attribute begins with."""
+    loads: list[tuple[bool, Any]] = []  # whether it is a constant, and its value or name
+    for i in dis.get_instructions(code):
+        if i.opname.startswith("LOAD_"):
+            loads += [(i.opname == "LOAD_CONST", v) for v in (i.argval if isinstance(i.argval, tuple) else (i.argval,))]
+    for (_, function), (_, thing), (constant, name) in zip(loads, loads[1:], [*loads[2:], (False, "")], strict=False):
+        if function == "getattr" and isinstance(thing, str):
+            yield thing, name if constant and isinstance(name, str) else ""
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _lookups(const)
+
+
 def _looks_up_in_torch(function: types.FunctionType) -> bool:
     """Whether the code says ``getattr(F, …)``, with a module of torch for ``F``."""
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        loads = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
-        for name, argument in itertools.pairwise(loads):
-            found = function.__globals__.get(argument) if name == "getattr" and isinstance(argument, str) else None
-            if isinstance(found, types.ModuleType) and found.__name__.partition(".")[0] == "torch":
-                return True
-    return False
+    found = (function.__globals__.get(thing) for thing, _ in _lookups(function.__code__))
+    return any(isinstance(f, types.ModuleType) and f.__name__.partition(".")[0] == "torch" for f in found)
+
+
+def _looked_up_in_self(function: types.FunctionType, cls: type) -> Iterator[Any]:
+    """What ``getattr(self, …)`` in the code may give: whatever in a user's class begins as the name there does."""
+    code = function.__code__
+    if "getattr" in _names_and_strings(code)[0] and code.co_varnames:
+        for thing, start in set(_lookups(code)):
+            if thing == code.co_varnames[0]:
+                yield from _own_members(cls, start)
 
 
 def _successors(function: types.FunctionType, cls: type | None, held: frozenset[type]) -> Iterator[_Reached]:
@@ -153,6 +180,8 @@ def _successors(function: types.FunctionType, cls: type | None, held: frozenset[
     names, _ = _names_and_strings(function.__code__)
     for name in names:
         yield from _resolve(name, function, cls, names, held)
+    if cls is not None:
+        yield from ((value, cls) for value in _looked_up_in_self(function, cls))
 
 
 def _resolve(
@@ -177,9 +206,14 @@ def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Re
     """What a value that a function knows by name may lead to; ``names`` are those that the function mentions."""
     if isinstance(value, _CONTAINERS):
         yield from ((item, cls) for item in _with_items(value))
-    elif isinstance(value, type) and not issubclass(value, (nn.Module, torch.autograd.Function)):
+    elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        # its forward runs without gradients, unless it turns them on
+        forwards = (f.__func__ if isinstance(f, staticmethod) else f for f in _members(value, "forward"))
+        yield from ((f, value) for f in forwards if _turns_gradients_on(f))
+    elif isinstance(value, type) and not issubclass(value, nn.Module):
         if not _is_torch(value):
-            yield from ((v, value) for n in (*names, "__init__", "__call__") for v in _members(value, n))
+            yield from ((v, value) for n in names for v in _members(value, n))
+            yield from ((v, value) for v in _implicit(value))
     elif value is not None and not isinstance(value, types.ModuleType):
         yield value, cls
         if not _is_code(value) and not isinstance(value, (nn.Module, type)) and not _is_torch(type(value)):
@@ -187,8 +221,22 @@ def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Re
             yield from ((item, None) for item in _stored(getattr(value, "__dict__", {}).values(), _DEPTH))
 
 
+def _turns_gradients_on(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(_names_and_strings(code)[0] & {"enable_grad", "set_grad_enabled"})
+
+
 def _with_items(value: Any) -> list[Any]:
     return list(_stored([value], _DEPTH)) if isinstance(value, _CONTAINERS) else [value]
+
+
+def _own_members(cls: type, start: str) -> Iterator[Any]:
+    """What a user's class and its bases have under names with that start, but for what makes an instance and the forward."""
+    for klass in cls.__mro__:
+        if not _is_torch(klass) and klass.__module__.partition(".")[0] not in sys.stdlib_module_names:
+            for name, value in vars(klass).items():
+                if name.startswith(start) and name not in ("forward", "__init__"):
+                    yield value.fget if isinstance(value, property) else value
 
 
 def _members(cls: type, name: str) -> Iterator[Any]:

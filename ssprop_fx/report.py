@@ -372,13 +372,18 @@ class Report:
         ]
         if self.measurement is not None:
             lines.append(str(self.measurement))
-        if self.conv_flops is None or self.grad_bytes is None:
-            return "\n".join([*lines, "FLOPs: unknown before the first training step; example inputs tell them, too"])
+        if self.conv_flops is None:
+            why = "unknown before the first training step; example inputs tell them, too"
+            if self.measurement is not None:
+                why = "the measured step has no convolution's backward pass"
+            return "\n".join([*lines, f"FLOPs: {why}"])
         lines.append(f"backward convolution FLOPs of a step: {_saved(self.conv_flops)}")
         if self.backward_flops and self.step_flops:
             lines.append(f"backward FLOPs of a step: {_saved(self.backward_flops)}")
             lines.append(f"all FLOPs of a step: {_saved(self.step_flops)}")
-        lines.append(f"memory of output gradients read: {_saved({k: v / 2**20 for k, v in self.grad_bytes.items()}, ' MiB')}")
+        if self.grad_bytes:
+            mebibytes = {when: value / 2**20 for when, value in self.grad_bytes.items()}
+            lines.append(f"memory of output gradients read: {_saved(mebibytes, ' MiB')}")
         return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -213,6 +214,17 @@ class Clock:
 _automatic: WeakSet[Clock] = WeakSet()
 _watched: WeakKeyDictionary[Clock, int] = WeakKeyDictionary()  # optimizer steps that each has seen, itself at step 0
 _PATIENCE = 10
+
+
+@contextlib.contextmanager
+def clocks_put_back() -> Iterator[None]:
+    """Whatever optimizers do to clocks meanwhile is undone."""
+    states = [(clock, clock.steps, clock.mode, clock.ticked) for clock in _automatic]
+    try:
+        yield
+    finally:
+        for clock, steps, mode, ticked in states:
+            clock.set(steps, mode, ticked)
 
 
 @cache

@@ -53,7 +53,7 @@ def shared_copy(
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tree = {id(m) for m in modules}
     memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
-    found = list(_reachable([model]))
+    found = list(reachable([model]))
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
     for module in modules:
         plain_new = type(module).__new__ is object.__new__
@@ -69,12 +69,26 @@ def shared_copy(
                     if hooks and share_listeners:
                         _share_listeners(value.values(), memo)
                     state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
+    for module in modules:
+        for name in _slots(type(module)):
+            if hasattr(module, name):
+                key = f"{type(module).__name__}.{name}"
+                object.__setattr__(memo[id(module)], name, _copied(getattr(module, name), memo, tree, key, share_listeners))
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
         for key in vars(module):
             if key in state:
                 state[key] = state.pop(key)
     return memo[id(model)]
+
+
+def _slots(cls: type) -> Iterator[str]:
+    """Names of the attributes that instances keep outside of their ``__dict__``."""
+    for klass in cls.__mro__:
+        declared = vars(klass).get("__slots__", ())
+        for name in (declared,) if isinstance(declared, str) else declared:
+            if name not in ("__dict__", "__weakref__"):
+                yield f"_{klass.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
@@ -85,7 +99,7 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
         return copy.deepcopy(value, memo)
     except Exception:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
         _forget(memo, known)
-        for leaf in _reachable([value]):
+        for leaf in reachable([value]):
             inner = isinstance(leaf, _CONTAINERS) or hasattr(leaf, "__dict__")
             if not inner and id(leaf) not in memo and not _copies(leaf):
                 memo[id(leaf)] = leaf
@@ -94,7 +108,7 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
         return copy.deepcopy(value, memo)
     except Exception as problem:
         _forget(memo, known)
-        held = any(id(found) in tree for found in _reachable([value]))
+        held = any(id(found) in tree for found in reachable([value]))
         level = logging.WARNING if held and warn else logging.DEBUG
         logger.log(
             level,
@@ -121,7 +135,7 @@ def _copies(leaf: Any) -> bool:
     return True
 
 
-def _reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
+def reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
     """What a deep copy would come to, and what functions have in their closures.
 
     Args:
@@ -193,7 +207,7 @@ def _redirect(found: Iterable[Any], tree: set[int], memo: dict[int, Any]) -> Non
 
 def _names(value: Any, tree: set[int]) -> bool:
     """Whether a value is a module of the tree, a method of one, or a plain container or function that holds one."""
-    return any(id(found) in tree for found in _reachable([value], objects=False))
+    return any(id(found) in tree for found in reachable([value], objects=False))
 
 
 def _replaced(value: Any, memo: dict[int, Any]) -> Any:
@@ -233,4 +247,4 @@ def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
                 memo.setdefault(id(listener), listener)
 
 
-__all__ = ["shared_copy"]
+__all__ = ["reachable", "shared_copy"]

@@ -100,6 +100,8 @@ def convolve(
     """
     if torch.compiler.is_compiling():
         return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+    if torch.jit.is_tracing():  # a trace is made for its forward pass, and what we notice of a call would be part of it
+        return _unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
     dense = factor * site.settings.drop_rate <= 0.0 or (site.allocation.stays_dense(site.layer, factor) and not observers)
     if dense or not _wants_gradient(input, weight, bias) or weight.is_complex():
@@ -122,7 +124,10 @@ def convolve(
 
 def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
-        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+        weight.requires_grad
+        or input.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or functorch_active()  # inside vmap a tensor does not say what the one around it requires
     )
 
 

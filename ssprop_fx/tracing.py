@@ -140,7 +140,8 @@ def _rewritten(name: str, traced: GraphModule, record: Transformation, prefix: s
 def _plain(module: nn.Module, convolution: Convolution) -> bool:
     """Whether calling the module is nothing but the convolution, so that a node can stand for it."""
     base = convolution.spec.module
-    return type(module).forward is base.forward and not _has_hooks(module)  # type: ignore[attr-defined]
+    generated = module._parameters.get("weight") is None  # by the model's forward, for one
+    return type(module).forward is base.forward and not generated and not _has_hooks(module)  # type: ignore[attr-defined]
 
 
 def _copy_graph(graph: Graph) -> Graph:

@@ -25,7 +25,8 @@ from .sites import Site, convolve_linear_module, convolve_module, convolve_trans
 logger = logging.getLogger(__name__)
 
 COMPLEX = "complex numbers: only real convolutions are rewritten"
-SCRIPTED = "inside a module scripted by torch.jit; transform the model before scripting"  # why a layer is left as it is
+# why a layer is left as it is
+SCRIPTED = "inside a module scripted by torch.jit, which hides it; transform the model as it was before scripting"
 
 _RECORD = "_ssprop"  # attribute of a transformed model's root
 
@@ -62,10 +63,14 @@ class Transformation:
             site.allocation, site.calls, site.known = allocation, [], False
 
     def add_functional(self, layer: str, spec: ConvSpec, kinds: frozenset[str]) -> Site:
-        """A functional call that a forward has just made for the first time."""
+        """The site of a functional call that is new, in name or kind: one for each decision of the policy about that name."""
         settings = self.policy.assign({layer: kinds}, require_match=False)
-        self.policy.bind(settings)
-        return self.add(layer, spec, kinds, settings[layer], "call")
+        alike = [s for name, s in self.sites.items() if name.partition(":")[0] == layer and s.settings == settings[layer]]
+        if alike:
+            return alike[0]
+        name = layer if layer not in self.sites else f"{layer}:{'+'.join(sorted(kinds - {spec.name, 'functional'})) or 'full'}"
+        self.policy.bind({name: settings[layer]})
+        return self.add(name, spec, kinds, settings[layer], "call")
 
 
 def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn.Module:

@@ -184,6 +184,34 @@ def test_only_the_gradients_that_are_asked_for_are_computed(asked):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_networks_side_by_side_in_vmap_drop_what_each_alone_would(frozen):
+    nets = [net(nn.Conv2d(3, 10, 3)) for _ in range(3)]
+    model = ssprop_fx.transform(nets[0], policy(drop_rate=0.8))
+    inputs = torch.stack([X, X + 1, -X]).requires_grad_()
+    if frozen:
+        model.requires_grad_(False)
+        (got,) = torch.autograd.grad(torch.func.vmap(model)(inputs).tanh().square().sum(), inputs)
+        expected = [torch.autograd.grad(model(x).tanh().square().sum(), x)[0] for x in inputs.unbind()]
+        torch.testing.assert_close(got, torch.stack(expected))
+        return
+    stacked, _ = torch.func.stack_module_state(nets)
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(model, p, (x,)))(stacked, inputs)
+    outputs.square().sum().backward()
+    for i, alone in enumerate(nets):
+        expected = gradients(ssprop_fx.transform(alone, policy(drop_rate=0.8)), inputs[i].detach())
+        torch.testing.assert_close([p.grad[i] for p in stacked.values()], expected)
+        assert int((expected[0].flatten(1).abs().sum(1) > 0).sum()) == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_trace_by_jit_is_that_of_the_original():
+    model, x = net().eval(), X
+    traced = torch.jit.trace(ssprop_fx.transform(model, policy()), x)
+    assert str(traced.inlined_graph.findAllNodes("aten::_convolution")).count("aten::_convolution") == 2
+    assert torch.equal(traced(x), model(x))
+
+
 def test_where_no_gradient_comes_from_none_goes():
     """A gradient of zeros would be weight decay's to act upon."""
     model = ssprop_fx.transform(net(nn.Conv2d(3, 8, 3)), policy())

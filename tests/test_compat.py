@@ -102,7 +102,7 @@ def test_autocast_can_be_left():
 def test_hooks_that_wait_for_a_gradient_can_be_left_out():
     x, calls = torch.ones(2, requires_grad=True), []
     x.register_post_accumulate_grad_hook(lambda p: calls.append(p))
-    with _compat.without_accumulation_hooks([x, torch.ones(1)]):
+    with _compat.without_gradient_hooks([x, torch.ones(1)]):
         x.sum().backward()
     assert (len(calls), x.grad.tolist()) == (0, [1, 1])
     x.sum().backward()

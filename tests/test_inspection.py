@@ -511,3 +511,156 @@ def test_module_names_are_those_of_the_live_model():
     report = ssprop_fx.inspect(model)
     del model
     assert {o.module for o in operations(report.captures[0]) if o.layer} == {"stem", "body.0", "point"}
+
+
+# --- models that change while they run, and what a report does not reach
+
+
+class Generated(nn.Module):
+    """A layer whose weight the forward makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 3)
+        del self.conv.weight
+        self.generator, self.code = nn.Linear(5, 270), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        self.conv.weight = self.generator(self.code).view(10, 3, 3, 3)
+        return self.conv(x)
+
+
+def test_a_layer_whose_weight_the_forward_generates_has_a_row():
+    model = ssprop_fx.transform(Generated(), turns())
+    x = torch.randn(2, 3, 8, 8)
+    assert [row.layer for row in ssprop_fx.inspect(model).rows] == ["conv"]
+    report = ssprop_fx.inspect(model, x)
+    assert (report.coverage, report["conv"].total, report["conv"].rung) == (1.0, 10, "module")
+
+
+class Memory:
+    def __init__(self):
+        self.seen = torch.zeros(3)
+
+
+class Changing(nn.Module):
+    """Sets itself up at its first forward, remembers, and trains itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale, self.memory = nn.Conv2d(3, 8, 3), nn.Parameter(torch.ones(8, 1, 1)), Memory()
+        self.register_buffer("ready", torch.tensor(False))
+        self.optimizer = torch.optim.SGD([self.conv.weight], lr=0.1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if not self.ready:
+            self.scale.data.copy_(1 / y.detach().std((0, 2, 3)).view(-1, 1, 1))
+            self.ready.fill_(True)
+        self.memory.seen += x.detach().mean((0, 2, 3))
+        self.conv.weight.grad = torch.ones_like(self.conv.weight)
+        self.optimizer.step()
+        return self.conv(x) * self.scale
+
+
+def test_inspection_leaves_the_model_the_clock_and_hooks_as_they_were():
+    model, x, heard = Changing(), torch.randn(2, 3, 8, 8), []
+    model.conv.weight.register_hook(heard.append)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    policy = Policy(drop_rate=0.5)
+    policy.explain(model).report(x)
+    transformed = ssprop_fx.transform(model, policy)
+    ssprop_fx.inspect(transformed, x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not model.memory.seen.any()
+    assert (policy.steps, heard, model.conv.weight.grad) == (0, [], None)
+
+
+def test_inspection_between_forward_and_backward_spoils_no_graph():
+    model, x = ssprop_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), turns()), torch.randn(2, 3, 8, 8)
+    loss = model(x).square().sum()
+    ssprop_fx.inspect(model, x)
+    loss.backward()
+    assert model[0].weight.grad is not None
+
+
+def test_layers_that_a_graph_holds_without_gradients_only_save_nothing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        @torch._dynamo.disable
+        def eager(self, x):
+            return self.conv(x)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.conv(x)
+            return self.eager(x) - target
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 8, 8)
+    options = {"policy": Policy(drop_rate=0.8, schedule={"kind": "constant"}), "inner": "aot_eager"}
+    compiled = torch.compile(Net(), backend="ssprop", options=options)
+    compiled(x).square().sum().backward()
+    report = ssprop_fx.inspect(compiled, x)
+    assert (report.coverage, report["conv"].rewritten) == (0.0, False)
+    assert "transform first" in report["conv"].reason
+    assert report.conv_flops["now"] == report.conv_flops["dense"] == report.measurement.conv_flops
+    assert 0 < report.backward_flops["now"] == report.backward_flops["dense"]
+
+
+def test_a_compiled_model_that_dynamo_gave_up_is_told_what_to_do():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    model[0].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="ssprop", options={"inner": "aot_eager"})
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(SSPropError, match=r"trains dense \(TORCH_LOGS=graph_breaks.*transform\(model, policy\) first"):
+        ssprop_fx.inspect(compiled)
+
+
+def test_a_method_in_a_checkpoint_of_compiled_code_is_reported_as_dense():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.weight = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(10, 8, 3, 3))
+
+        def inner(self, x):
+            return F.conv2d(x.relu(), self.weight)
+
+        def forward(self, x):
+            return checkpoint(self.inner, self.conv(x), use_reentrant=False)
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 8, 8)
+    model = ssprop_fx.transform(Net(), Policy(drop_rate=0.8, schedule={"kind": "constant"}))
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    report = ssprop_fx.inspect(compiled, x)
+    dense = not (model.weight.grad.flatten(1).abs().sum(1) == 0).any()
+    assert dense != report["#conv2d.0"].rewritten
+    assert len(report.rows) == 2
+    if dense:
+        assert "checkpoint" in report["#conv2d.0"].reason
+
+
+def test_a_complex_convolution_has_one_row():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.wave = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1, dtype=torch.cfloat)
+
+        def forward(self, x):
+            return self.wave(self.conv(x).to(torch.cfloat)).abs()
+
+    rows = ssprop_fx.inspect(ssprop_fx.transform(Net(), turns()), torch.randn(2, 3, 8, 8)).rows
+    assert {row.layer: "complex" in row.reason for row in rows} == {"conv": False, "wave": True}
+
+
+def test_a_model_whose_convolutions_are_all_frozen_has_no_flops_to_save():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Flatten(), nn.Linear(288, 2))
+    report = ssprop_fx.inspect(ssprop_fx.transform(model, turns()), torch.randn(2, 3, 8, 8))
+    assert "the measured step has no convolution's backward pass" in str(report)

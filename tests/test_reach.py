@@ -1,5 +1,7 @@
 """Functional convolutions are found wherever a forward may get them from, and modules without any are left alone."""
 
+import functools
+import operator
 import types
 
 import functional_helpers
@@ -27,6 +29,45 @@ class Operations:
     @classmethod
     def of_class(cls, x, w):
         return cls.static(x, w)
+
+
+@functools.singledispatch
+def dispatched(kind, x, w):
+    raise TypeError(kind)
+
+
+@dispatched.register
+def _(kind: int, x, w):
+    return F.conv2d(x, w)
+
+
+class Kernel:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __matmul__(self, x):
+        return F.conv2d(x, self.weight)
+
+    def __enter__(self):
+        return self.__matmul__
+
+    def __exit__(self, *problem):
+        pass
+
+
+class Recorded(torch.autograd.Function):
+    """Makes a graph of its own, and differentiates it when asked."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        with torch.enable_grad():
+            ctx.inputs = x.detach().requires_grad_(), w.detach().requires_grad_()
+            ctx.output = F.conv2d(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.autograd.grad(ctx.output, ctx.inputs, grad)
 
 
 class Free(nn.Module):
@@ -179,6 +220,80 @@ class Evaluated(Base):
         return eval("F.conv2d(x, self.weight)")
 
 
+class NamePutTogether(Base):
+    kind = "cd"
+
+    def theta_cd(self, x):
+        return F.conv2d(x, self.weight)
+
+    def forward(self, x):
+        return getattr(self, "theta_" + self.kind)(x)
+
+
+class NameInAFormat(NamePutTogether):
+    def forward(self, x):
+        return (lambda kind: getattr(self, f"theta_{kind}")(x))(self.kind)
+
+
+class PartialMethod(Base):
+    def operation(self, function, x):
+        return function(x, self.weight)
+
+    convolve = functools.partialmethod(operation, F.conv2d)
+
+    def forward(self, x):
+        return self.convolve(x)
+
+
+class DispatchedOnTheType(Base):
+    def forward(self, x):
+        return dispatched(0, x, self.weight)
+
+
+class OperatorOfAnObject(Base):
+    def __init__(self):
+        super().__init__()
+        self.kernel = Kernel(self.weight)
+
+    def forward(self, x):
+        return self.kernel @ x
+
+
+class ManagerOfAContext(Base):
+    def forward(self, x):
+        with Kernel(self.weight) as operation:
+            return operation(x)
+
+
+class DeeplyKept(Base):
+    def __init__(self):
+        super().__init__()
+        self.kept = [{"a": types.SimpleNamespace(layers=[{"b": [F.conv2d]}])}]
+
+    def forward(self, x):
+        return self.kept[0]["a"].layers[0]["b"][0](x, self.weight)
+
+
+class CalledByName(Base):
+    def forward(self, x):
+        return operator.methodcaller("conv2d", x, self.weight)(F)
+
+
+class Operator(Base):
+    def forward(self, x):
+        return torch.ops.aten.conv2d.default(x, self.weight)
+
+
+class OperatorOfAnyOverload(Base):
+    def forward(self, x):
+        return torch.ops.aten.conv2d(x, self.weight, padding="same")
+
+
+class GraphInsideOfAFunction(Base):
+    def forward(self, x):
+        return Recorded.apply(x, self.weight)
+
+
 CALLERS = [c for c in vars().copy().values() if isinstance(c, type) and issubclass(c, Base) and c is not Base]
 
 
@@ -191,6 +306,35 @@ def test_functional_convolution_is_found(caller):
     assert torch.equal(model(x), original(x))
     measured = measure(model, x)
     assert (measured.sparse, measured.dense) == (1, 1)
+
+
+def test_what_a_generator_convolves_between_its_items_is_found():
+    class Scales(Base):
+        def forward(self, x):
+            asked = 1
+            while asked:
+                asked = yield F.conv2d(x[..., ::asked, ::asked], self.weight).square().mean()
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales, self.outside = Scales(), nn.Parameter(torch.randn(8, 3, 3, 3))
+
+        def forward(self, x):
+            steps = self.scales(x)
+            total = next(steps) + steps.send(2)
+            with pytest.raises(StopIteration):
+                steps.send(0)
+            return total
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    original = Sum()
+    model = ssprop_fx.transform(original, Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"}))
+    assert torch.equal(model(x), original(x))
+    measured = measure(model, x)
+    assert (measured.sparse, measured.dense) == (2, 2)
+    assert set(measured.calls) == {"scales#conv2d.0", "scales#conv2d.1"}
 
 
 class Forbidding:

@@ -1099,3 +1099,42 @@ def test_padding_the_same_follows_the_kernel():
     x = torch.randn(2, 4, 9, 9)
     for large in (False, True, False):
         assert torch.equal(ours(x, large), model(x, large))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_functional_call_of_several_kinds_follows_the_rule_of_each(order):
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.depthwise, self.full = nn.Parameter(torch.randn(10, 1, 3, 3)), nn.Parameter(torch.randn(10, 10, 3, 3))
+
+        def forward(self, x, which):
+            return F.conv2d(x, self.full) if which else F.conv2d(x, self.depthwise, groups=10)
+
+    rules = [{"kind": "depthwise", "drop_rate": 0}]
+    chosen = Policy(drop_rate=0.8, round_to=1, schedule={"kind": "constant"}, rules=rules)
+    model = ssprop_fx.transform(Sampled(), chosen)
+    for which in (*order, *order):
+        model(torch.randn(2, 10, 8, 8), which).square().sum().backward()
+    rows = [int((w.grad.flatten(1).abs().sum(1) > 0).sum()) for w in (model.depthwise, model.full)]
+    assert rows[0] == 10
+    assert rows[1] <= 4  # two in each of two steps
+    first, second = order
+    names = ("#conv2d.0:depthwise+grouped", "#conv2d.0:full")
+    rates = {row.layer: row.drop_rate for row in ssprop_fx.inspect(model).rows}
+    assert rates == {"#conv2d.0": (0, 0.8)[first], names[second]: (0, 0.8)[second]}
+
+
+def test_what_a_module_keeps_in_slots_is_there_in_the_copy():
+    class Slotted(nn.Module):
+        __slots__ = ("__hidden", "scale")
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale, self.__hidden = nn.Conv2d(3, 8, 3), 3, [2]
+
+        def forward(self, x):
+            return self.conv(x) * self.scale * self.__hidden[0]
+
+    original, x = Slotted(), torch.randn(1, 3, 8, 8)
+    assert torch.equal(ssprop_fx.transform(original, Policy(drop_rate=0.5))(x), original(x))
