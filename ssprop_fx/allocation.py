@@ -30,16 +30,26 @@ class Allocation:
     layers announce their demand when they run forward and the counts are settled at the first backward pass of a phase. With
     ``profitable: auto`` they say enough for being timed, too. ``handle`` names the allocation in graphs; ``losses`` holds, by
     factor and layer, why a layer stays dense.
+
+    Args:
+        live: a model trains by it. A report's is not: it has no part in the policy's state, and later states none in it.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, live: bool = True) -> None:
         self.policy = policy
+        self._snapshot = None if live else policy.remembered
+        self.handle = ""
         self.measures = policy.profitable == "auto"
         self.demands: dict[str, Demand] = {}
         self._provisional: set[str] = set()  # layers whose demand is that of a call without a backward pass
         self._plans: dict[float, dict[str, int]] = {}
         self.losses: dict[float, dict[str, Timing]] = {}
-        self._register()
+        if live:
+            self._register()
+
+    @property
+    def _remembered(self) -> dict[str, dict]:
+        return self.policy.remembered if self._snapshot is None else self._snapshot
 
     def _register(self) -> None:
         self.handle = f"{self.policy.digest}.{next(_numbers)}"
@@ -65,7 +75,7 @@ class Allocation:
             return
         elif layer not in self._provisional:
             demand = replace(demand, flops=demand.flops + known.flops)
-        remembered = self.policy.remembered["flops"].get(layer)
+        remembered = self._remembered["flops"].get(layer)
         self.demands[layer] = demand if remembered is None else replace(demand, flops=remembered)
         (self._provisional.add if provisional else self._provisional.discard)(layer)
 
@@ -77,7 +87,7 @@ class Allocation:
         if plan is None:
             # by name, so that neither the order of running nor that of a report decides among equal layers
             demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(self.demands.items())]
-            plan = self.policy.remembered["kept"].get(factor, {})
+            plan = self._remembered["kept"].get(factor, {})
             if not self.demands.keys() <= plan.keys():
                 plan, self.losses[factor] = settle(demands, self.measures)
             self._plans[factor] = plan
@@ -101,7 +111,7 @@ class Allocation:
         return {"policy": self.policy, "demands": self.demands}
 
     def __setstate__(self, state: dict) -> None:
-        self.policy, self.demands = state["policy"], state["demands"]
+        self.policy, self.demands, self._snapshot = state["policy"], state["demands"], None
         self.measures = self.policy.profitable == "auto"
         self._provisional, self._plans, self.losses = set(self.demands), {}, {}
         self._register()

@@ -103,10 +103,6 @@ class GraphRecord:
         """The backward graph, with its ``ssprop.conv_backward`` nodes; None before the first backward pass."""
         return self.graphs.get("backward")
 
-    def kept_now(self) -> dict[str, int]:
-        """Channels that the next backward pass keeps, by layer; empty before the backward graph is there."""
-        return self.dispatcher.kept() if self.dispatcher else {}
-
     @property
     def frame(self) -> str:
         """Dynamo's number of the code that was captured; a recompilation of it has the same."""
@@ -115,6 +111,12 @@ class GraphRecord:
     def layers(self) -> set[str]:
         """The layers with a convolution in the graph."""
         return {d.convolution.layer for d in self.decisions}
+
+    @property
+    def alive(self) -> bool:
+        """Whether any model is left whose modules the graph has, or has run for."""
+        refs = [*self.roots, *(i.root for i in self.shared.instances)]
+        return not refs or any(ref() is not None for ref in refs)
 
     def serves(self, root: torch.nn.Module) -> bool:
         """Whether the graph has modules of the model ``root``, or has run for some."""
@@ -149,7 +151,7 @@ class CompiledState:
         self.checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
-_states: weakref.WeakKeyDictionary[Policy, CompiledState] = weakref.WeakKeyDictionary()
+_policies: weakref.WeakSet[Policy] = weakref.WeakSet()  # those with a state, which refers to its policy and lies in it
 _index = ModuleIndex()
 _lock = threading.RLock()
 
@@ -157,9 +159,10 @@ _lock = threading.RLock()
 def state_of(policy: Policy) -> CompiledState:
     """The backend's state for a policy, made on first use."""
     with _lock:
-        if policy not in _states:
-            _states[policy] = CompiledState(policy)
-        return _states[policy]
+        if policy.compiled is None:
+            policy.compiled = CompiledState(policy)
+            _policies.add(policy)
+        return policy.compiled
 
 
 def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
@@ -167,7 +170,7 @@ def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
 
     Where the model was compiled more than once, those of the newest policy.
     """
-    found = [(policy, record) for policy, state in list(_states.items()) for record in state.records if record.serves(model)]
+    found = [(p, record) for p in list(_policies) for record in state_of(p).records if record.serves(model)]
     found.sort(key=lambda pair: pair[1].number)
     return [pair for pair in found if pair[0] is found[-1][0]]
 
@@ -245,10 +248,13 @@ def _compile(
 def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tuple[GraphModule, GraphRecord]:
     """The pipeline: find the convolutions, ask the policy, rewrite, verify.
 
+    Modules may have been renamed, or become part of another model, since the last graph.
+
     Args:
         policy: as in the options; None is that of a model which ``transform`` has rewritten, else the default policy.
     """
     ops.register_flop_formulas()
+    _index.scan()
     names = GraphNames(_index, graph_module)
     # a checkpointed block or a compiled region is a graph inside the graph
     inside = graphs_within(graph_module).values()
@@ -269,7 +275,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
         _check_rules(names.roots.values(), policy, state)
     decisions: list[Decision] = []
     inputs = GraphInputs(graph_module)
-    anchors: list[Anchor] = []
+    anchors: list[tuple[Anchor, Any]] = []
     for graph, found in zip(graphs, convolutions, strict=True):
         assigned = assign_policy(found, policy) if transformed is None else []
         anchors += find_anchors(graph, assigned, names.owners, inputs)
@@ -284,8 +290,8 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     shared = SharedCode(anchors, policy, names.index, lambda root: _check_rules([root], policy, state))
     record = GraphRecord(captured, copy_graph(graph_module), decisions, roots, shared)
     record.compile_id = current_compile_id()
-    record.index = len(state.records)
-    state.records.append(record)
+    record.index = state.records[-1].index + 1 if state.records else 0
+    state.records = [*(known for known in state.records if known.alive), record]
     graph_rewritten(record.index, record)
     return graph_module, record
 

@@ -85,16 +85,24 @@ def sparse_backward(
     with torch.no_grad():
         score = importance(grad if ranked is None else ranked, output, criterion, sliced=not compiling)
         index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
-    kept_grad = take(grad, 1, index, compiling)
-    rows = _input_channels(index, input.shape[1] // groups) if whole_groups else None
+    picked = index
+    if whole_groups and keep == 1 and grad.device.type == "cpu":
+        # The library's weight gradient of one group of few channels, under a tall kernel, writes past its end; that of two
+        # equal groups does not, and a model whose layer has many must not come to be at its mercy by losing all but one.
+        picked = index.repeat(2)
+    kept_grad = take(grad, 1, picked, compiling)
+    rows = _input_channels(picked, input.shape[1] // groups) if whole_groups else None
     kept_input = input if rows is None else take(input, 1, rows, compiling)
-    kept_weight = _take_weight(weight, index, rows, args, compiling)
-    kept_args = args._replace(groups=keep) if whole_groups else args
+    kept_weight = _take_weight(weight, picked, rows, args, compiling)
+    kept_args = args._replace(groups=picked.shape[0]) if whole_groups else args
     kept_mask = (mask[0], mask[1], False)
     if _is_matrix_product(kept_input, kept_weight, kept_args):
         gi, gw, _ = _pointwise_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask, compiling)
     else:
         gi, gw, _ = dense_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask)
+    if rows is not None and picked is not index:
+        rows, kept_grad = rows[: rows.shape[0] // 2], kept_grad[:, :1]
+        gi, gw = None if gi is None else gi[:, : rows.shape[0]], None if gw is None else gw[: gw.shape[0] // 2]
 
     if mask[0]:
         assert gi is not None

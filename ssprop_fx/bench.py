@@ -164,7 +164,8 @@ def bench(
         ceiling = captured = None
         if ARMS[name].sparse:
             ceiling = 1 - ceilings[base].saving(run.report())
-            captured = (1 - ratio(times[name], times[base]).median) / (1 - ceiling)
+            if ceiling < 1:
+                captured = (1 - ratio(times[name], times[base]).median) / (1 - ceiling)
         split = splits[name]
         results[name] = ArmResult(
             run.first, statistics.median(f for f, _ in split), statistics.median(b for _, b in split),

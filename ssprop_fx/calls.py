@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .convolutions import GENERAL, SPEC_OF_FUNCTION, SPEC_OF_OPERATOR, ConvSpec, bind_general, conv_kinds
-from .sites import Site, convolve, handled
+from ._compat import constant_when_traced, constants_of_objects
+from .convolutions import CONVOLUTIONS, GENERAL, SPEC_OF_FUNCTION, SPEC_OF_OPERATOR, ConvSpec, bind_general, conv_kinds
+from .sites import Site, constants_of, convolve, convolve_in_graph, handled
 
 
 class CallSites:
@@ -48,6 +49,12 @@ class CallSites:
         return known
 
 
+@constant_when_traced
+def _constant_settings(call_sites: CallSites, function: str, nth: int, weight_shape: torch.Size, groups: int) -> tuple:
+    """The operator's settings for a call; Dynamo, which would trace into the policy, takes them for a constant."""
+    return constants_of(call_sites.site(CONVOLUTIONS[function], nth, weight_shape, groups))
+
+
 def functional_name(owner: str, function: str, nth: int) -> str:
     """Layer name of a functional call: ``owner#conv2d.0``; the root's own calls have no owner, ``#conv2d.0``."""
     return f"{owner}#{function}.{nth}"
@@ -69,8 +76,11 @@ class _Intercept(TorchFunctionMode):
             spec, bound = bind_general(args, kwargs or {}, lambda weight: weight.dim())
         nth = self.counts.get(spec.name, 0)
         self.counts[spec.name] = nth + 1
-        site = self.call_sites.site(spec, nth, bound["weight"].shape, bound["groups"])
-        return convolve(site, **bound)
+        shape, groups = bound["weight"].shape, bound["groups"]
+        if constants_of_objects and torch.compiler.is_compiling() and all(type(n) is int for n in (*shape, groups)):
+            settings = _constant_settings(self.call_sites, spec.name, nth, shape, groups)
+            return convolve_in_graph(spec, settings, **bound)
+        return convolve(self.call_sites.site(spec, nth, shape, groups), **bound)
 
 
 def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,7 @@ Everything that has to recognise a convolution (graph matching, modules, functio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -47,20 +46,27 @@ class ConvCall(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """One row per convolution function of ``torch.nn.functional``."""
+    """One row per convolution function of ``torch.nn.functional``.
+
+    Attributes:
+        parameters: names and defaults of the arguments after ``input`` and ``weight``, in calling order.
+    """
 
     name: str
     dim: int
     transposed: bool
     function: Callable[..., Tensor]
     module: type[nn.Module]
+    parameters: tuple[tuple[str, Any], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # no cached_property: some Pythons take a lock for it, at which Dynamo breaks the graph
+        object.__setattr__(self, "parameters", self._parameters())
 
     def __reduce__(self) -> tuple[Callable[[str], ConvSpec], tuple[str]]:
         return _row, (self.name,)  # a copied or unpickled model refers to the table's own rows: they are compared by identity
 
-    @cached_property
-    def parameters(self) -> tuple[tuple[str, Any], ...]:
-        """Names and defaults of the arguments after ``input`` and ``weight``, in calling order."""
+    def _parameters(self) -> tuple[tuple[str, Any], ...]:
         if self.dim == 0:
             return (("bias", None),)
         if self.transposed:

@@ -164,7 +164,8 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
         with torch.compiler.set_stance("force_eager"), counter:
             _step(dense_model, example_inputs)
     seen: Counter[str] = Counter()
-    with _undone(user_model), _observing(seen.update):
+    with _undone(user_model), _attributes_put_back(user_model), _observing(seen.update):
+        # compiled code is that of the user's own modules
         _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
     for name, module in user_model.named_modules():
         if isinstance(module, nn.Linear):
@@ -310,6 +311,21 @@ def _undone(model: nn.Module) -> Iterator[None]:
                 tensor.data.copy_(value)  # not counted as a change: a graph may have saved it
         for p, grad in grads:
             p.grad = grad
+
+
+@contextlib.contextmanager
+def _attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """Numbers, states and whatever else a forward binds to its modules' attributes are put back."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            for name in attributes.keys() - values.keys():
+                del attributes[name]
+            for name, value in values.items():
+                if attributes.get(name, attributes) is not value:
+                    attributes[name] = value
 
 
 def _once(tensor: Tensor) -> Tensor:

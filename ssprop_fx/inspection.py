@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -105,8 +106,7 @@ def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Rep
     Raises:
         PolicyError, TransformError: as :func:`ssprop_fx.transform`.
     """
-    own = Policy.from_dict(policy.to_dict())  # to bind a trial's layers to
-    own.load_state_dict(policy.state_dict())
+    own = copy.deepcopy(policy)  # to bind a trial's layers to
     report = inspect(transform(model, own), example_inputs)
     return replace(report, front_end="policy", policy=policy)
 
@@ -147,6 +147,8 @@ def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:
         reason = "no gradient is computed"
     if not reason and measurement is not None and name in measurement.missed:
         reason = f"{measurement.missed[name][0]} of its calls in no captured graph; transform first, then compile, reaches them"
+    if not reason and measurement is not None and not calls and not measurement.calls.get(name):
+        reason = "no call in the measured step"
     if not reason and is_masked(settings.ranking):
         reason = "masked, for analysis: saves nothing"
     return Row(

@@ -39,7 +39,7 @@ class Reading:
 
 
 class Meter:
-    """Seconds, backward FLOPs and joules of training steps: ``with meter: ...`` around each of them, or around many.
+    """Seconds, backward FLOPs and joules of training steps: ``with meter: ...`` around each of them.
 
     FLOPs are those of the report (:func:`ssprop_fx.inspect`) for the example inputs at the factor in force: exact for
     batches of that shape, and free. ``print`` it for means and totals.

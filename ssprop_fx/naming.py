@@ -24,7 +24,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class ModuleIndex:
-    """The modules that are alive, and who holds whom. Built once and again when it turns out to be out of date."""
+    """The modules that are alive, and who holds whom. Built for each graph, and again when it turns out to be out of date."""
 
     def __init__(self) -> None:
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
@@ -36,7 +36,7 @@ class ModuleIndex:
         number = int(key.split("@")[0]) if key.split("@")[0].isdigit() else -1
         module = self._alive(number)
         if module is None:
-            self._scan()
+            self.scan()
             module = self._alive(number)
         return module
 
@@ -58,7 +58,7 @@ class ModuleIndex:
         """The live modules that hold a tensor as a parameter or buffer of their own, each with its name there."""
         found = self._holders(tensor)
         if not found:
-            self._scan()
+            self.scan()
             found = self._holders(tensor)
         return found
 
@@ -85,7 +85,8 @@ class ModuleIndex:
             if value is tensor
         ]
 
-    def _scan(self) -> None:
+    def scan(self) -> None:
+        """Look at all live modules again."""
         self._modules.clear()
         self._parents.clear()
         self._names.clear()
@@ -180,6 +181,8 @@ class GraphNames:
         """The module whose forward was captured: the one below which the graph's tensors lie where their sources say."""
         for node in self.graph_module.graph.find_nodes(op="placeholder") if self.graph_module is not None else ():
             source, tensor = graph_argument(node)
+            # most call it self; of anything but a module a tensor is not an attribute of that kind
+            source = re.sub(r"^L\['\w+'\](?=\._(parameters|modules|buffers)\b)", "L['self']", source)
             if tensor is None or not source.startswith("L['self']"):
                 continue
             path = plain_text(source)

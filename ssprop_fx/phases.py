@@ -101,14 +101,6 @@ class PhaseDispatcher:
                     observe(settings[0])
         return run(inputs)
 
-    def kept(self) -> dict[str, int]:
-        """Channels that the next backward pass keeps, by layer (of its first call)."""
-        counts = self.counts(tuple(a.policy.quantized_factor for a in self.allocations))
-        found: dict[str, int] = {}
-        for node, settings in self.settings.items():
-            found.setdefault(settings[0], counts[node])
-        return found
-
     def lower(self, counts: Mapping[str, int]) -> GraphModule:
         """The backward graph for a phase, as the compiler gets it.
 

@@ -43,7 +43,7 @@ class LivePlan:
     """
 
     def __init__(self, policy: Policy, layers: Mapping[str, Layer], demands: Mapping[str, Any]) -> None:
-        self.layers, self.allocation = layers, Allocation(policy)
+        self.layers, self.allocation = layers, Allocation(policy, live=False)
         self.allocation.demands.update(demands)
         for name, layer in layers.items():
             s = layer.settings

@@ -28,10 +28,11 @@ class Policy:
 
     Args:
         contents: the keys of a policy file, each an attribute of the policy, too. ``drop_rate`` (0.8),
-            ``criterion`` (``l1``), ``round_to`` (``auto``) and ``gradients`` (``all``) of every layer that
-            no rule changes; ``schedule``, a :class:`Schedule` or a mapping; ``rules``, a sequence of
-            :class:`Rule` or of mappings. Without a schedule it is the paper's (arXiv 2408.12561): dense and
-            sparse steps by turns, with ``clock: optimizer``.
+            ``criterion`` (``l1``), ``round_to`` (``auto``), ``gradients`` (``all``) and ``drop_over``
+            (``channels``) of every layer that no rule changes; ``profitable`` (``always``); ``schedule``,
+            a :class:`Schedule` or a mapping; ``rules``, a sequence of :class:`Rule` or of mappings.
+            Without a schedule it is the paper's (arXiv 2408.12561): dense and sparse steps by turns, with
+            ``clock: optimizer``.
 
     Raises:
         PolicyError: with every problem of the contents.
@@ -44,7 +45,7 @@ class Policy:
         [0.0, None, None, 1.0]
     """
 
-    __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest", "remembered")
+    __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest", "compiled", "remembered")
 
     def __init__(self, **contents: Any) -> None:
         if contents.get("schedule", ...) is None:
@@ -79,6 +80,7 @@ class Policy:
         self._contents = contents
         self._clock = Clock(contents.schedule)
         self._bound: dict[str, Settings] = {}
+        self.compiled: Any = None  # what the backend knows of the policy; see backend.CompiledState
         self.remembered: dict[str, dict] = {"flops": {}, "kept": {}}  # of a loaded state; see allocation.settled
         text = json.dumps(self.to_dict(), sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -185,7 +187,7 @@ class Policy:
         self._bound.update(assigned)
 
     def drop_rates(self) -> dict[str, float]:
-        """Layer name -> drop rate times factor, now, of the layers that were bound."""
+        """Layer name -> drop rate times :attr:`factor`, now, of the layers that were bound; compiled, rounded to ``levels``."""
         return {name: settings.drop_rate * self.factor for name, settings in self._bound.items()}
 
     def explain(self, model: nn.Module) -> Explanation:
@@ -195,8 +197,10 @@ class Policy:
             PolicyError: with every rule that can match nothing in the model, as :func:`ssprop_fx.transform` does.
             TransformError: the model has no convolution.
         """
+        from .naming import unwrap
         from .transform import assign_checked, layer_kinds
 
+        model = unwrap(model)
         assigned = assign_checked(model, self)
         return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned, self, model)
 
@@ -231,6 +235,9 @@ class Policy:
             try:
                 mine = counts["digest"] == self.digest
                 loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
+                for numbers in (loaded["flops"], *loaded["kept"].values()):
+                    if not all(type(number) is int for number in numbers.values()):
+                        raise TypeError
             except (KeyError, TypeError, ValueError):
                 what = "the counts are not what state_dict() returned"
                 where, step = "policy.load_state_dict(...)", "load what policy.state_dict() returned"

@@ -162,6 +162,10 @@ def _path() -> Path:
 
 @functools.cache
 def _loaded(path: Path) -> dict[str, Any]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -175,6 +179,8 @@ def _store() -> dict[str, Any]:
 
 def _write(store: dict[str, Any]) -> None:
     try:
+        for name, seconds in _read(_path()).items():  # other processes may have measured since
+            store.setdefault(name, seconds)
         write_json(_path(), {"machine": _machine(), "seconds": store})
     except OSError as problem:
         logger.info("timings are not kept: %s", problem)

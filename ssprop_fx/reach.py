@@ -28,6 +28,13 @@ _NAMES = frozenset(spec.name for spec in SPEC_OF_FUNCTION.values()) | {"_conv_fo
 _CLASSES = frozenset(spec.module.__name__ for spec in SPEC_OF_FUNCTION.values())
 _ANYTHING = frozenset({"eval", "exec", "attrgetter", "methodcaller"})
 
+_OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "pow", "mod", "and", "or", "xor", "lshift", "rshift")
+_IMPLICIT = frozenset(
+    [f"__{prefix}{name}__" for name in _OPERATORS for prefix in ("", "r", "i")]
+    + ["__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__next__", "__neg__"]
+)
+_PLAIN = (str, bytes, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.Tensor)  # lead nowhere
+
 _CONTAINERS = (list, tuple, set, frozenset, dict, types.MappingProxyType)
 _DEPTH = 8  # of plain objects and containers within each other
 
@@ -50,7 +57,7 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> boo
     cls: Any = type(module)
     if _reaches([(value, None) for value in stored], frozenset()):
         return True
-    return _class_reaches(cls, frozenset(c for c in held if not _is_torch(c) and c is not cls))
+    return _class_reaches(cls, cls.forward, frozenset(c for c in held if not _is_torch(c) and c is not cls))
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -60,8 +67,8 @@ def forward_names(module: nn.Module) -> frozenset[str]:
 
 
 @functools.cache
-def _class_reaches(cls: type, held: frozenset[type]) -> bool:
-    return _reaches([(cls.forward, cls)], held)  # type: ignore[attr-defined]
+def _class_reaches(cls: type, forward: Any, held: frozenset[type]) -> bool:
+    return _reaches([(forward, cls)], held)
 
 
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
@@ -74,9 +81,10 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             if depth and id(value) not in seen:
                 seen.add(id(value))
                 yield from _stored(value.values() if hasattr(value, "values") else value, depth - 1, seen)
-        elif not isinstance(value, (type, torch.Tensor)) and type(value).__module__ != "builtins":
+        elif not isinstance(value, (type, *_PLAIN)) and type(value).__module__ != "builtins":
             yield value
-            if depth and id(value) not in seen and not _is_torch(type(value)):
+            simple = isinstance(value, types.SimpleNamespace) or not _is_standard(type(value))
+            if depth and simple and id(value) not in seen and not _is_torch(type(value)):
                 seen.add(id(value))
                 yield from _stored(getattr(value, "__dict__", {}).values(), depth - 1, seen)
 
@@ -88,9 +96,16 @@ def _is_code(value: Any) -> bool:
 def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
     """Whether any of these values is, or can come to call, a convolution function."""
     seen: set[Any] = set()
+    expanded: set[int] = set()
+    met: dict[tuple[int, type | None], Any] = {}  # kept: what lives no longer could share its identity with another value
     while todo:
         value, cls = todo.pop()
-        if isinstance(value, (functools.partial, functools.partialmethod)):
+        if isinstance(value, _PLAIN) or (id(value), cls) in met:
+            continue
+        met[id(value), cls] = value
+        if isinstance(value, _CONTAINERS):
+            todo += [(item, cls) for item in _stored([value], _DEPTH, expanded)]
+        elif isinstance(value, (functools.partial, functools.partialmethod)):
             todo += [(v, cls) for v in (value.func, *value.args, *value.keywords.values())]
         elif isinstance(value, types.MethodType):
             todo.append((value.__func__, type(value.__self__)))
@@ -122,37 +137,66 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
             todo.append((value.func, cls))
         elif not isinstance(value, torch.Tensor) and not _is_torch(type(value)):
             todo += [(v, type(value)) for v in _implicit(type(value))]
+            todo += [(item, None) for item in _stored([value], _DEPTH, expanded) if item is not value]
     return False
 
 
 def _implicit(cls: type) -> Iterator[types.FunctionType]:
-    """The methods of a plain object that code calls without their names: operators, indexing, ``with``, calls, its making."""
+    """The methods of a plain object that code calls without their names: operators, indexing, ``with``, calls."""
     for klass in cls.__mro__:
-        if klass.__module__.partition(".")[0] not in sys.stdlib_module_names:
-            yield from (v for n, v in vars(klass).items() if n[:2] == n[-2:] == "__" and isinstance(v, types.FunctionType))
+        if not _is_standard(klass):
+            found = (v for n, v in vars(klass).items() if n in _IMPLICIT)
+            yield from (v for v in found if isinstance(v, types.FunctionType))
+
+
+def _is_standard(value: Any) -> bool:
+    """Whether a class or function is of the standard library."""
+    return (value.__module__ or "").partition(".")[0] in sys.stdlib_module_names
 
 
 def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
     names, strings = _names_and_strings(function.__code__)
-    if names & _NAMES and not (names & _NAMES == {"_conv_forward"} and _is_conv_class(cls)):
+    called = names & _NAMES and _names_of_others(function.__code__) & _NAMES
+    if called and not (called == {"_conv_forward"} and _is_conv_class(cls)):
         return True
     if names & _ANYTHING or names & _CLASSES:
         return True
     return "getattr" in names and (any(s.startswith("conv") for s in strings) or _looks_up_in_torch(function))
 
 
-def _lookups(code: types.CodeType) -> Iterator[tuple[str, str]]:
+@functools.cache
+def _names_of_others(code: types.CodeType) -> frozenset[str]:
+    """The names that code mentions, but for attributes of its first argument: ``self.convolution`` is a layer or a method."""
+    found: set[str] = set()
+    before: Any = None
+    for i in dis.get_instructions(code):
+        if i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if before is None or before != code.co_varnames[0]:
+                found.add(i.argval)
+            before = None
+        elif i.opname.startswith("LOAD_FAST"):
+            before = i.argval[-1] if isinstance(i.argval, tuple) else i.argval
+        elif i.opname not in ("CACHE", "EXTENDED_ARG"):
+            before = None
+            if isinstance(i.argval, str):
+                found.add(i.argval)
+    inner = (_names_of_others(const) for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(found.union(*inner))
+
+
+@functools.cache
+def _lookups(code: types.CodeType) -> frozenset[tuple[str, str]]:
     """What ``getattr`` is asked in code: the name of the object, and what that of the attribute begins with."""
     loads: list[tuple[bool, Any]] = []  # whether it is a constant, and its value or name
     for i in dis.get_instructions(code):
         if i.opname.startswith("LOAD_"):
             loads += [(i.opname == "LOAD_CONST", v) for v in (i.argval if isinstance(i.argval, tuple) else (i.argval,))]
-    for (_, function), (_, thing), (constant, name) in zip(loads, loads[1:], [*loads[2:], (False, "")], strict=False):
-        if function == "getattr" and isinstance(thing, str):
-            yield thing, name if constant and isinstance(name, str) else ""
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _lookups(const)
+    found = {
+        (thing, name if constant and isinstance(name, str) else "")
+        for (_, function), (_, thing), (constant, name) in zip(loads, loads[1:], [*loads[2:], (False, "")], strict=False)
+        if function == "getattr" and isinstance(thing, str)
+    }
+    return frozenset(found.union(*(_lookups(const) for const in code.co_consts if isinstance(const, types.CodeType))))
 
 
 def _looks_up_in_torch(function: types.FunctionType) -> bool:
@@ -165,7 +209,7 @@ def _looked_up_in_self(function: types.FunctionType, cls: type) -> Iterator[Any]
     """What ``getattr(self, …)`` in the code may give: whatever in a user's class begins as the name there does."""
     code = function.__code__
     if "getattr" in _names_and_strings(code)[0] and code.co_varnames:
-        for thing, start in set(_lookups(code)):
+        for thing, start in _lookups(code):
             if thing == code.co_varnames[0]:
                 yield from _own_members(cls, start)
 
@@ -176,7 +220,7 @@ def _successors(function: types.FunctionType, cls: type | None, held: frozenset[
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             values.append(cell.cell_contents)
-    yield from ((value, cls) for value in (*values, *_stored(values, _DEPTH)) if not isinstance(value, _CONTAINERS))
+    yield from ((value, cls) for value in values)
     names, _ = _names_and_strings(function.__code__)
     for name in names:
         yield from _resolve(name, function, cls, names, held)
@@ -197,37 +241,32 @@ def _resolve(
     elif found is not None:
         yield from _global(found, cls, names)
     if cls is not None:
-        yield from ((value, cls) for member in _members(cls, name) for value in _with_items(member))
+        yield from ((member, cls) for member in _members(cls, name))
     if name not in ("forward", "__init__"):  # a module's own forward is a matter of its own
-        yield from ((value, other) for other in held for member in _members(other, name) for value in _with_items(member))
+        yield from ((member, other) for other in held for member in _members(other, name))
 
 
 def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Reached]:
     """What a value that a function knows by name may lead to; ``names`` are those that the function mentions."""
     if isinstance(value, _CONTAINERS):
-        yield from ((item, cls) for item in _with_items(value))
+        yield value, cls
     elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
         # its forward runs without gradients, unless it turns them on
         forwards = (f.__func__ if isinstance(f, staticmethod) else f for f in _members(value, "forward"))
         yield from ((f, value) for f in forwards if _turns_gradients_on(f))
     elif isinstance(value, type) and not issubclass(value, nn.Module):
         if not _is_torch(value):
-            yield from ((v, value) for n in names for v in _members(value, n))
+            yield from ((v, value) for n in (*names, "__init__") for v in _members(value, n))
             yield from ((v, value) for v in _implicit(value))
     elif value is not None and not isinstance(value, types.ModuleType):
         yield value, cls
         if not _is_code(value) and not isinstance(value, (nn.Module, type)) and not _is_torch(type(value)):
             yield from ((v, type(value)) for n in names for v in _members(type(value), n))
-            yield from ((item, None) for item in _stored(getattr(value, "__dict__", {}).values(), _DEPTH))
 
 
 def _turns_gradients_on(function: Any) -> bool:
     code = getattr(function, "__code__", None)
     return code is not None and bool(_names_and_strings(code)[0] & {"enable_grad", "set_grad_enabled"})
-
-
-def _with_items(value: Any) -> list[Any]:
-    return list(_stored([value], _DEPTH)) if isinstance(value, _CONTAINERS) else [value]
 
 
 def _own_members(cls: type, start: str) -> Iterator[Any]:
@@ -269,7 +308,7 @@ def _is_foreign(function: types.FunctionType) -> bool:
     """Whether nothing of interest is behind a function of the standard library, or of torch: its own modules and functionals
     call a convolution only through ``_conv_forward``.
     """
-    return _is_torch(function) or (function.__module__ or "").partition(".")[0] in sys.stdlib_module_names
+    return _is_torch(function) or _is_standard(function)
 
 
 def _is_conv_class(cls: type | None) -> bool:

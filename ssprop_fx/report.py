@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from math import lcm
+from math import gcd, lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +162,11 @@ class Report:
     def cycle(self) -> range:
         """The steps that a mean is taken over: all, if the schedule's ``total`` is known; else one period after warm-up."""
         schedule = self.policy.schedule
-        if schedule.total is not None:
-            return range(min(schedule.total, 1 << 20))
+        if schedule.total is not None:  # of very many steps some, apart by a number that has no part in common with the period
+            apart = -(-schedule.total // (1 << 20))
+            while gcd(apart, 2 * schedule.period) > 1:
+                apart += 1
+            return range(0, schedule.total, apart)
         period = 1 if schedule.kind == "constant" else schedule.period
         return range(schedule.warmup, schedule.warmup + min(lcm(period, 2) if schedule.interleave else period, 1 << 20))
 
@@ -183,7 +186,13 @@ class Report:
         return replace(self._with(self.factor_at(step)), step=step)
 
     def at_factor(self, factor: float) -> Report:
-        """The report of a factor, 0 ≤ factor ≤ 1, whatever the step; its ``step`` stays."""
+        """The report of a factor, 0 ≤ factor ≤ 1, whatever the step; its ``step`` stays.
+
+        Raises:
+            ValueError: ``factor`` is not between 0 and 1.
+        """
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor {factor!r}: factors are between 0 and 1")
         return self._with(factor)
 
     def kept_at(self, factor: float) -> Mapping[str, Sequence[int]]:
@@ -230,7 +239,7 @@ class Report:
 
     @property
     def graphs(self) -> dict[str, GraphModule]:
-        """The captured graphs by name and stage, ``layer1/traced``, ``graph 0/captured``, ``…/rewritten``, ``…/phase …``."""
+        """The captured graphs by name and stage, ``layer1/traced``, ``graph 0/rewritten``, ``graph 0/backward, factor 1``."""
         return {f"{c.title}/{stage}": graph for c in self.captures for stage, graph in c.stages.items()}
 
     def graph(self, name: str) -> GraphModule:

@@ -121,7 +121,7 @@ class Settings:
         round_to: kept counts are multiples of it, or ``auto``.
         gradients: ``all``, or ``weight`` if the input's gradient stays dense.
         rule: the last rule that matched, ``rules[1] (policy.yaml:14)``, or ``default``.
-        drop_over: ``channels``, ``space`` or ``channels_space``.
+        drop_over: ``channels``, ``space``, ``channels_space`` or ``channels_per_sample``.
     """
 
     drop_rate: float

@@ -35,7 +35,7 @@ class Anchor:
     Attributes:
         position: of the tensor among the graph's inputs.
         decisions: those for the convolutions that the owner makes.
-        example: the tensor that Dynamo saw there.
+        parameter: whether the tensor that Dynamo saw there was a parameter.
         known: the tensors that the code may run for, by identity.
     """
 
@@ -43,7 +43,7 @@ class Anchor:
     owner: str
     path: str
     decisions: Sequence[Decision]
-    example: Tensor
+    parameter: bool
     known: dict[int, weakref.ref[Tensor]]
 
     def serves(self, tensor: Any) -> bool:
@@ -64,6 +64,7 @@ class SharedCode:
     """The modules that one compiled graph runs for.
 
     Args:
+        anchors: each with the tensor that it has now, which is not kept.
         meet: called with the root of each further one.
 
     Raises:
@@ -71,12 +72,13 @@ class SharedCode:
     """
 
     def __init__(
-        self, anchors: Sequence[Anchor], policy: Policy, index: ModuleIndex, meet: Callable[[nn.Module], None]
+        self, anchors: Sequence[tuple[Anchor, Tensor]], policy: Policy, index: ModuleIndex, meet: Callable[[nn.Module], None]
     ) -> None:
-        self.anchors, self.policy, self.index, self.meet = anchors, policy, index, meet
+        self.anchors = [anchor for anchor, _ in anchors]
+        self.policy, self.index, self.meet = policy, index, meet
         self.instances: list[Instance] = []
-        for anchor in anchors:
-            self._check(anchor, anchor.example)
+        for anchor, tensor in anchors:
+            self._check(anchor, tensor)
 
     def guard(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled``, with every call checked first."""
@@ -102,7 +104,7 @@ class SharedCode:
         return max(1, times // len(names))
 
     def _check(self, anchor: Anchor, tensor: Any) -> None:
-        if anchor.serves(tensor) or (isinstance(anchor.example, nn.Parameter) and not isinstance(tensor, nn.Parameter)):
+        if anchor.serves(tensor) or (anchor.parameter and not isinstance(tensor, nn.Parameter)):
             return  # what is no parameter was put in a parameter's place, by torch.func.functional_call for one
         problems: list[str] = []
         for holder, name in self.index.holders(tensor):
@@ -181,8 +183,8 @@ class GraphInputs:
 
 def find_anchors(
     graph: GraphModule, decisions: Sequence[Decision], owners: Mapping[str, nn.Module], inputs: GraphInputs
-) -> Iterator[Anchor]:
-    """One anchor for each module that makes convolutions in ``graph`` and each call of ``graph``.
+) -> Iterator[tuple[Anchor, Tensor]]:
+    """One anchor for each module that makes convolutions in ``graph`` and each call of ``graph``, and the tensor there now.
 
     A module none of whose parameters and buffers is an input has none: nothing tells it from its like.
 
@@ -205,7 +207,9 @@ def find_anchors(
             if calls is not None:
                 own = next(t for _, t in calls if id(t) in paths)
                 known = {id(own): weakref.ref(own)}
-                yield from (Anchor(position, owner, paths[id(own)], distinct, t, dict(known)) for position, t in calls)
+                for position, tensor in calls:
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    yield Anchor(position, owner, paths[id(own)], distinct, is_parameter, dict(known)), tensor
                 break
 
 

@@ -99,7 +99,8 @@ def convolve(
     Shapes and errors are those of the function in ``torch.nn.functional``.
     """
     if torch.compiler.is_compiling():
-        return _convolve_in_graph(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+        settings = _graph_settings(site)
+        return convolve_in_graph(site.spec, settings, input, weight, bias, stride, padding, dilation, groups, output_padding)
     if torch.jit.is_tracing():  # a trace is made for its forward pass, and what we notice of a call would be part of it
         return _unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
@@ -181,22 +182,39 @@ def _remember(
     site.known = site.call.needs is not None and site.calls is None
 
 
-def _convolve_in_graph(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
+def _graph_settings(site: Site) -> tuple:
     # A layer that stays dense is an operator, too, of drop rate zero: a mode further out must not take it for its own.
     if constants_of_objects:
-        settings = _constant_settings(site)
-    else:
-        _register_formulas()
-        settings = site.operator_settings()
-    call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
+        return _constant_settings(site)
+    _register_formulas()
+    return site.operator_settings()
+
+
+def convolve_in_graph(
+    spec: ConvSpec,
+    settings: tuple,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+) -> Tensor:
+    """:func:`convolve` while Dynamo traces: the operator, with a site's settings."""
+    call = spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
     output = ops.conv(call.input, weight, bias, *call.args, *settings)
     return output.squeeze(0) if call.unbatched else output
 
 
-@constant_when_traced
-def _constant_settings(site: Site) -> tuple:
+def constants_of(site: Site) -> tuple:
+    """What of a site is a constant of a traced graph."""
     ops.register_flop_formulas()
     return site.operator_settings()
+
+
+_constant_settings = constant_when_traced(constants_of)
 
 
 @constant_when_traced

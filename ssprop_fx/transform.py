@@ -28,6 +28,7 @@ COMPLEX = "complex numbers: only real convolutions are rewritten"
 # why a layer is left as it is
 SCRIPTED = "inside a module scripted by torch.jit, which hides it; transform the model as it was before scripting"
 
+_CALLS = 100  # of one function in one forward; rules for any of them are taken to match
 _RECORD = "_ssprop"  # attribute of a transformed model's root
 
 
@@ -225,12 +226,14 @@ def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
             f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
         )
     everything = dict(layers)
-    for owner in callers:
+    own_calls = {n for n, m in model.named_modules() if n in layers and spec_of_module(m) and may_call_convolution(m)}
+    for owner in callers | own_calls:
         for function in CONVOLUTIONS:
-            for nth in range(10):
+            for nth in range(_CALLS):
                 everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
-    if policy.unmatched_rules(everything):
-        raise PolicyError(policy.unmatched_rules(layers))
+    if problems := policy.unmatched_rules(everything):
+        at_fault = {problem.key.partition(".")[0] for problem in problems}
+        raise PolicyError([p for p in policy.unmatched_rules(layers) if p.key.partition(".")[0] in at_fault])
     assigned = policy.assign(layers, require_match=False)
     return {k: s for k, s in assigned.items() if LINEAR.name not in layers[k] or s.drop_rate > 0}
 

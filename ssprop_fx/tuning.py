@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .errors import SSPropError
 from .masking import is_masked
 from .policy import Policy
 from .profit import Timing, measure, settle
+from .rules import Rule
 from .selection import AUTO, Demand, keep_count
 from .transform import transform
 
@@ -121,12 +123,15 @@ class Tuned:
         }  # fmt: skip
 
     def _contents(self, more: list[dict[str, Any]]) -> dict[str, Any]:
-        contents = self.base.to_dict()
-        return contents | {"rules": [*contents.get("rules", []), *more]}
+        """The policy's contents with ``more`` rules, without those that a rule for what does not pay overrides entirely."""
+        contents, new = self.base.to_dict(), [Rule(**self._rule(s)) for s in self.shapes if not s.timing.pays]
+        given = zip(self.base.rules, contents.get("rules", []), strict=True)
+        kept = [written for rule, written in given if not any(later.hides(rule) for later in new)]
+        return contents | {"rules": [*kept, *more]}
 
     @staticmethod
     def _rule(shape: TunedShape) -> dict[str, Any]:
-        return {"layers": list(shape.layers), "drop_rate": 0}
+        return {"layers": [_pattern(name) for name in shape.layers], "drop_rate": 0}
 
 
 def tune(
@@ -189,6 +194,11 @@ def _demand(name: str, layer: MeasuredLayer) -> Demand:
     round_to = AUTO if s.round_to == "auto" else int(s.round_to)
     demand = layer.calls[0].demand(name, s.drop_rate, round_to, s.criterion, s.gradients)
     return Demand(**demand.__dict__ | {"flops": sum(c.demand(name, 0.0).flops for c in layer.calls)})
+
+
+def _pattern(name: str) -> str:
+    """A pattern that matches the name and nothing else."""
+    return f"re:{re.escape(name)}" if set(name) & set("*?[") else name
 
 
 def _indented(text: str) -> list[str]:

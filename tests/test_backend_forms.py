@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ssprop_fx
-from ssprop_fx import Policy
+from ssprop_fx import Policy, _compat
 from ssprop_fx.backend import records_of
 
 
@@ -407,6 +407,27 @@ def test_deepcopied_model_compiles_on_its_own():
     other = copy.deepcopy(model)
     got = gradients(torch.compile(other, backend="ssprop", options={"policy": chosen, "inner": "aot_eager"}), x)
     assert_same(got, expected)
+
+
+@pytest.mark.skipif(not _compat.constants_of_objects, reason="Dynamo traces into the policy, which breaks the graph")
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_functional_convolutions_of_a_transformed_model_need_no_eager_call_first(inner):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.other = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.randn(8, 8, 1, 1))
+
+        def forward(self, x):
+            return F.conv2d(F.conv2d(x, self.weight).tanh(), self.other)
+
+    torch.manual_seed(0)
+    original, x = Functional().double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    chosen = policy(rules=[{"layers": "#conv2d.1", "drop_rate": 0.25}])
+    expected = gradients(ssprop_fx.transform(original, chosen), x)
+    model = ssprop_fx.transform(original, chosen)
+    got = gradients(torch.compile(model, backend="ssprop", options={"inner": inner}, fullgraph=True), x)
+    assert_same(got, expected)
+    assert {row.layer: row.drop_rate for row in ssprop_fx.inspect(model).rows}["#conv2d.1"] == 0.25
 
 
 def test_inductors_options_go_to_inductor_and_to_nobody_else():

@@ -110,6 +110,12 @@ def test_the_masked_arm_is_compiled_anew_where_the_dense_one_was_before():
     assert kept == [max(len(p) // 4, 1) for p in masked.parameters() if p.dim() > 1]
 
 
+def test_where_nothing_is_to_be_gained_nothing_is_captured():
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)
+    result = bench.bench(model, x, Policy(drop_rate=0.0), ["eager", "transform"], rounds=1)
+    assert (result.arms["transform"].ceiling, result.arms["transform"].captured) == (1, None)
+
+
 def test_an_unknown_arm_is_named():
     with pytest.raises(SSPropError, match=r"'transfrom' is no arm.*nearest: transform"):
         bench.bench(net(), X, arms=["transfrom"])

@@ -24,6 +24,13 @@ for dim, inputs, outputs, stride, last in itertools.product((1, 2), (3, 8, 12), 
     model = ssprop_fx.transform(layer, {"drop_rate": 0.8, "schedule": {"kind": "constant"}})
     for _ in range(3):
         model(x).square().sum().backward()
+for groups, per_group, kernel, transposed in itertools.product((4, 8), (1, 2), ((65, 1), (31, 3)), (False, True)):
+    kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    layer = kind(groups * per_group, groups, kernel, padding=(kernel[0] // 2, kernel[1] // 2), groups=groups)
+    model = ssprop_fx.transform(layer, {"drop_rate": 0.9, "round_to": 1, "schedule": {"kind": "constant"}})
+    for _ in range(3):
+        x = torch.randn(2, groups * per_group, 16, 8, requires_grad=True)
+        model(x).square().sum().backward()
 print("whole")
 """
 

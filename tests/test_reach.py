@@ -337,6 +337,37 @@ def test_what_a_generator_convolves_between_its_items_is_found():
     assert set(measured.calls) == {"scales#conv2d.0", "scales#conv2d.1"}
 
 
+def test_a_forward_that_was_replaced_is_looked_at_again():
+    class Patched(Base):
+        def forward(self, x):
+            return x
+
+    assert not may_call_convolution(Patched())
+    Patched.forward = lambda self, x: F.conv2d(x, self.weight)
+    assert may_call_convolution(Patched())
+
+
+class Layers(nn.Module):
+    """Has layers of such names, and calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.conv2d = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.conv2d(self.convolution(x))
+
+
+class FunctionOfThatName(Layers):
+    def forward(self, x):
+        return F.conv2d(self.convolution(x), self.conv2d.weight)
+
+
+def test_a_layer_of_a_functions_name_is_no_function():
+    assert not may_call_convolution(Layers())
+    assert may_call_convolution(FunctionOfThatName())
+
+
 class Forbidding:
     """An object that stands for something which is not installed."""
 

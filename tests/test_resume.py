@@ -152,6 +152,31 @@ def test_resumed_between_any_two_steps_ends_bit_equal(front_end, tmp_path):
     torch._dynamo.reset()
 
 
+def test_a_report_or_a_meter_has_no_part_in_a_policys_state():
+    """Nor a state in a report: it is a snapshot."""
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 96, 3), torch.nn.Conv2d(96, 80, 3))
+
+    chosen = ssprop_fx.Policy(drop_rate=0.7, schedule={"kind": "constant"})
+    model = ssprop_fx.transform(net(), chosen)
+    report = ssprop_fx.inspect(model, torch.randn(2, 3, 16, 16))
+    meter = ssprop_fx.Meter(model, torch.randn(2, 3, 12, 12))
+    assert "counts" not in chosen.state_dict()
+    half = report.kept_at(0.5)
+    model(torch.randn(4, 3, 24, 24)).sum().backward()
+    state = chosen.state_dict()
+    alone = ssprop_fx.Policy(drop_rate=0.7, schedule={"kind": "constant"})
+    trained = ssprop_fx.transform(net(), alone)
+    trained(torch.randn(4, 3, 24, 24)).sum().backward()
+    assert state["counts"] == alone.state_dict()["counts"]
+    chosen.load_state_dict(state)
+    assert dict(report.kept_at(0.5)) == dict(half)
+    assert trained is not None
+    assert meter is not None
+
+
 def test_counts_that_the_first_sizes_settled_are_resumed():
     """``round_to: auto`` balances the layers' costs, which depend on the size of the first images."""
 

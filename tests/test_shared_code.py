@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import functools
+import gc
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from ssprop_fx.passes.lower_backward import backward_nodes
 from torch import nn
 
 import ssprop_fx
-from ssprop_fx import Policy, SSPropError, ops
+from ssprop_fx import Policy, SSPropError, backend, ops
 from ssprop_fx.backend import records_of
 
 OPTIONS = {"inner": "aot_eager"}
@@ -203,6 +207,85 @@ def test_the_branches_of_a_condition_follow_the_policy_and_the_report_says_so(si
     for row in ssprop_fx.inspect(compiled).rows:
         if row.layer.startswith(("blocks.0", "blocks.1")):
             assert (row.kept, row.total, row.reason, row.flops_now) == (4, 8, "", row.flops_dense // 2)
+
+
+def test_a_model_that_is_gone_leaves_no_weights_behind():
+    def train(chosen):
+        model = Net()
+        torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": chosen})(X).sum().backward()
+        return weakref.ref(model.stem.weight)
+
+    kept = policy()
+    weights = [train(kept), train(policy())]
+    torch._dynamo.reset()
+    train(kept)
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() for ref in weights] == [None, None]
+    assert len(backend.state_of(kept).records) == 1
+
+
+def test_a_module_that_was_renamed_or_moved_is_known_by_its_new_name():
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return (self.first if hasattr(self, "first") else self.second)(x)
+
+    model = Renamed()
+    compile_ = functools.partial(torch.compile, backend="ssprop")
+    compile_(model, options=OPTIONS | {"policy": policy()})(X).sum().backward()
+    torch._dynamo.reset()
+    model.second = model.first
+    del model.first
+    chosen = policy(rules=[{"layers": "second", "drop_rate": 0.25}])
+    compile_(model, options=OPTIONS | {"policy": chosen})(X).sum().backward()
+    assert chosen.drop_rates() == {"second": 0.25}
+    torch._dynamo.reset()
+    chosen = policy(rules=[{"layers": "body.*", "drop_rate": 0.75}])
+    outer = nn.Sequential(OrderedDict(body=model, head=nn.Conv2d(8, 8, 1)))
+    compile_(outer, options=OPTIONS | {"policy": chosen})(X).sum().backward()
+    assert chosen.drop_rates() == {"body.second": 0.75, "head": 0.5}
+
+
+def test_a_forward_may_call_its_module_what_it_likes():
+    class Own(nn.Module):
+        def __init__(this):
+            super().__init__()
+            this.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+        def forward(this, x):
+            return F.conv2d(x, this.weight)
+
+    compiled = torch.compile(Own(), backend="ssprop", options=OPTIONS | {"policy": policy()})
+    compiled(X).sum().backward()
+    assert [row.layer for row in ssprop_fx.inspect(compiled).rows] == ["#conv2d.0"]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no layer"):
+        torch.compile(Own(), backend="ssprop", options=OPTIONS | {"policy": policy(rules=[{"layers": "x.*", "drop_rate": 0}])})(
+            X
+        )
+
+
+def test_inspection_of_compiled_code_leaves_its_modules_attributes_alone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.steps, self.state = nn.Conv2d(8, 8, 1), 0, None
+
+        def forward(self, x):
+            self.steps += 1
+            self.state = self.conv(x) if self.state is None else self.conv(x) + self.state
+            return self.state
+
+    model = Counting()
+    compiled = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy()})
+    compiled(X).sum().backward()
+    model.state, state = None, None
+    assert ssprop_fx.inspect(compiled, X).coverage == 1.0
+    assert (model.steps, model.state) == (1, state)
 
 
 def test_what_dynamo_captured_stays_as_it_was_inside_of_regions_too():

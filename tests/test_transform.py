@@ -1125,6 +1125,27 @@ def test_a_functional_call_of_several_kinds_follows_the_rule_of_each(order):
     assert rates == {"#conv2d.0": (0, 0.8)[first], names[second]: (0, 0.8)[second]}
 
 
+def test_a_rule_may_name_any_functional_call_and_only_wrong_rules_are_at_fault():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+        def forward(self, x):
+            for _ in range(12):
+                x = F.conv2d(x, self.weight).tanh()
+            return x
+
+    rules = [{"layers": "#conv2d.11", "drop_rate": 0}, {"kind": "functional", "criterion": "l2"}]
+    chosen = Policy(drop_rate=0.5, schedule={"kind": "constant"}, rules=rules[:1])
+    model = ssprop_fx.transform(Many(), chosen)
+    model(torch.randn(2, 4, 6, 6)).sum().backward()
+    assert (chosen.drop_rates()["#conv2d.11"], chosen.drop_rates()["#conv2d.10"]) == (0, 0.5)
+    with pytest.raises(PolicyError) as error:
+        ssprop_fx.transform(Many(), Policy(rules=[rules[1], {"layers": "nope", "drop_rate": 0}]))
+    assert [problem.key for problem in error.value.problems] == ["rules[1]"]
+
+
 def test_what_a_module_keeps_in_slots_is_there_in_the_copy():
     class Slotted(nn.Module):
         __slots__ = ("__hidden", "scale")

@@ -61,6 +61,31 @@ def test_what_does_not_pay_gets_a_rule_and_its_reason(net, timings, tmp_path):
     assert "20.0 ms dense, 17.0 ms sparse, 14.0 ms with the last rules" in text
 
 
+@pytest.mark.parametrize("form", ["file", "object"])
+def test_a_rule_that_what_does_not_pay_overrides_entirely_is_left_out(net, timings, tmp_path, form):
+    model, x = net
+    rules = [{"layers": "stem", "drop_rate": 0.5}, {"layers": "blocks.*", "drop_rate": 0.9}]
+    found = tune(model, x, Policy(round_to=1, rules=rules))
+    assert not next(shape for shape in found.shapes if shape.layers == ("stem",)).timing.pays
+    if form == "file":
+        (tmp_path / "tuned.yaml").write_text(found.to_yaml())
+        tuned = Policy.load(tmp_path / "tuned.yaml")
+    else:
+        tuned = found.to_policy()
+    assert [rule.layers for rule in tuned.rules][0] == ("blocks.*",)
+    assert tuned.explain(model)["stem"].drop_rate == 0
+    assert tuned.explain(model)["blocks.0"].drop_rate == 0.9
+
+
+def test_a_layer_whose_name_reads_like_a_pattern_is_named_to_the_letter(timings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ModuleDict({"b[0]": nn.Conv2d(3, 32, 3), "b0": nn.Conv2d(3, 8, 3)}))
+    model.forward = lambda x: model[0]["b[0]"](x).sum() + model[0]["b0"](x).sum()
+    tuned = tune(model, torch.randn(2, 3, 8, 8), Policy(round_to=1)).to_policy()
+    assert ("re:0\\.b\\[0\\]",) in [rule.layers for rule in tuned.rules]
+    assert tuned.explain(model)["0.b[0]"].drop_rate == 0
+
+
 def test_a_model_all_of_which_pays_keeps_its_policy(net, monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "measure", lambda call, keeps, *_: [Timing(k, 2.0, 1.0) for k in keeps])
     base = Policy(drop_rate=0.7)
