@@ -131,6 +131,24 @@ def test_a_ranking_that_saves_nothing_is_not_judged(timings):
     assert settle([demand], measured=True) == ({"a": 8}, {})
 
 
+def test_a_time_on_other_threads_is_another_one(monkeypatch):
+    names = set()
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        names.add(profit._name(call(), 4, "l1", "all"))
+    assert len(names) == 2
+
+
+def test_what_another_process_measured_is_kept(folder):
+    profit._write({"mine": [1.0, 2.0]})
+    path = profit._path()
+    stored = json.loads(path.read_text())
+    stored["seconds"]["theirs"] = [3.0, 4.0]
+    path.write_text(json.dumps(stored))
+    profit._write({"mine": [1.0, 2.0], "next": [5.0, 6.0]})
+    assert json.loads(path.read_text())["seconds"].keys() == {"mine", "theirs", "next"}
+
+
 def test_a_layer_that_cannot_be_timed_follows_the_policy(monkeypatch, caplog):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("no memory")

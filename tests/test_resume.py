@@ -177,6 +177,25 @@ def test_a_report_or_a_meter_has_no_part_in_a_policys_state():
     assert meter is not None
 
 
+def test_counts_of_another_policy_are_left_aside():
+    def trained(rate):
+        torch.manual_seed(0)
+        chosen = ssprop_fx.Policy(drop_rate=rate, schedule={"kind": "constant"})
+        model = ssprop_fx.transform(torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 96, 3)), chosen)
+        model(torch.randn(2, 3, 16, 16)).sum().backward()
+        return chosen, model
+
+    first, model = trained(0.7)
+    second, other = trained(0.4)
+    before = second.state_dict()
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == before
+    fresh = ssprop_fx.Policy(drop_rate=0.4, schedule={"kind": "constant"})
+    fresh.load_state_dict(first.state_dict())
+    assert "counts" not in fresh.state_dict()
+    assert model is not other
+
+
 def test_counts_that_the_first_sizes_settled_are_resumed():
     """``round_to: auto`` balances the layers' costs, which depend on the size of the first images."""
 

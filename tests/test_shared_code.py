@@ -17,6 +17,7 @@ from torch import nn
 import ssprop_fx
 from ssprop_fx import Policy, SSPropError, backend, ops
 from ssprop_fx.backend import records_of
+from ssprop_fx.shared_code import Anchor
 
 OPTIONS = {"inner": "aot_eager"}
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -286,6 +287,13 @@ def test_inspection_of_compiled_code_leaves_its_modules_attributes_alone():
     model.state, state = None, None
     assert ssprop_fx.inspect(compiled, X).coverage == 1.0
     assert (model.steps, model.state) == (1, state)
+
+
+def test_a_tensor_that_has_another_ones_identity_is_not_taken_for_it():
+    gone, present = torch.ones(1), torch.ones(1)
+    anchor = Anchor(0, "", "weight", [], False, {id(present): weakref.ref(gone), id(gone): weakref.ref(gone)})
+    assert anchor.serves(gone)
+    assert not anchor.serves(present)
 
 
 def test_what_dynamo_captured_stays_as_it_was_inside_of_regions_too():

@@ -1,5 +1,7 @@
 """Warm starts: what an earlier compile left in PyTorch's caches is used again, for the same and for nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_backend import bar
@@ -143,6 +145,16 @@ def test_whatever_is_different_is_made_anew(cold, clock, change, monkeypatch):
     hits, *_ = counts()
     assert hits == 0
     assert record_of(model).backward_compiles == 1
+
+
+def test_a_note_of_a_phase_is_one_of_inductors_settings_then():
+    """A setting may change between two processes without any option of ours."""
+    stored = SimpleNamespace(inductor={}, identity="0")
+    names = [warm.StoredPhases._note(stored, (4, 8)), warm.StoredPhases._note(stored, (4, 16))]
+    with torch._inductor.config.patch(max_fusion_size=3):
+        names.append(warm.StoredPhases._note(stored, (4, 8)))
+    assert len(set(names)) == 3
+    assert warm.StoredPhases._note(stored, (4, 8)) == names[0]
 
 
 def test_settings_of_inductor_hold_for_the_backward(monkeypatch):
