@@ -100,7 +100,8 @@ def convolve(
     """
     if torch.compiler.is_compiling():
         settings = _graph_settings(site)
-        return convolve_in_graph(site.spec, settings, input, weight, bias, stride, padding, dilation, groups, output_padding)
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return convolve_in_graph(site.spec, settings, input, weight, bias, **geometry, output_padding=output_padding)
     if torch.jit.is_tracing():  # a trace is made for its forward pass, and what we notice of a call would be part of it
         return _unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
     factor = site.allocation.policy.factor
@@ -191,19 +192,10 @@ def _graph_settings(site: Site) -> tuple:
 
 
 def convolve_in_graph(
-    spec: ConvSpec,
-    settings: tuple,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    output_padding: Any = 0,
+    spec: ConvSpec, settings: tuple, input: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any
 ) -> Tensor:
     """:func:`convolve` while Dynamo traces: the operator, with a site's settings."""
-    call = spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
+    call = spec.prepare(input, weight, **geometry)
     output = ops.conv(call.input, weight, bias, *call.args, *settings)
     return output.squeeze(0) if call.unbatched else output
 
