@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 from ._compat import in_backward
@@ -74,7 +74,7 @@ class Allocation:
         elif self._plans or provisional or in_backward():  # in a backward pass, a checkpointed call runs again
             return
         elif layer not in self._provisional:
-            demand = replace(demand, flops=demand.flops + known.flops)
+            demand = replace(demand, flops=known.flops + demand.flops, calls=known.calls + demand.calls)
         remembered = self._remembered["flops"].get(layer)
         self.demands[layer] = demand if remembered is None else replace(demand, flops=remembered)
         (self._provisional.add if provisional else self._provisional.discard)(layer)
@@ -90,6 +90,9 @@ class Allocation:
             plan = self._remembered["kept"].get(factor, {})
             if not self.demands.keys() <= plan.keys():
                 plan, self.losses[factor] = settle(demands, self.measures)
+            else:
+                losses = self._remembered["losses"].get(factor, {})
+                self.losses[factor] = {name: Timing(*figures) for name, figures in losses.items() if name in self.demands}
             self._plans[factor] = plan
         count = plan.get(layer)
         if count is None or self.demands[layer].channels != channels:
@@ -127,23 +130,30 @@ def allocations_of(policy: Policy) -> list[Allocation]:
 
 
 def settled(policy: Policy) -> dict[str, dict]:
-    """What the models under a policy have settled: ``flops`` by layer, and ``kept`` counts by factor and layer.
+    """What the models under a policy have settled: ``flops`` by layer; by factor and layer, ``kept`` counts and ``losses``.
 
-    Counts depend on the sizes of the inputs that came first, which a resumed run does not see again; so they belong to the
-    policy's state. Layers of the same name that two models have settled differently are left out.
+    All depend on the sizes of the inputs that came first, which a resumed run does not see again; so they belong to the
+    policy's state. A loss is the fields of a :class:`ssprop_fx.profit.Timing`. Layers of the same name that two models have
+    settled differently are left out.
     """
     found: dict[str, dict] = {"flops": dict(policy.remembered["flops"])}
-    found["kept"] = {factor: dict(plan) for factor, plan in policy.remembered["kept"].items()}
+    for by_factor in ("kept", "losses"):
+        found[by_factor] = {factor: dict(values) for factor, values in policy.remembered[by_factor].items()}
     seen: dict[tuple, int] = {}
     for live in allocations_of(policy):
-        costs: dict[tuple[Any, ...], int] = {
+        costs: dict[tuple[Any, ...], Any] = {
             ("flops", d.layer): d.flops for d in live.demands.values() if d.layer not in live._provisional
         }
-        counts: dict[tuple[Any, ...], int] = {
+        counts: dict[tuple[Any, ...], Any] = {
             ("kept", factor, layer): n for factor, plan in live._plans.items() for layer, n in plan.items()
         }
-        for (*path, layer), value in (costs | counts).items():
-            place = found[path[0]] if len(path) == 1 else found["kept"].setdefault(path[1], {})
+        losses: dict[tuple[Any, ...], Any] = {
+            ("losses", factor, layer): list(astuple(timing))
+            for factor, timings in live.losses.items()
+            for layer, timing in timings.items()
+        }
+        for (*path, layer), value in (costs | counts | losses).items():
+            place = found[path[0]] if len(path) == 1 else found[path[0]].setdefault(path[1], {})
             if seen.setdefault((*path, layer), value) == value:
                 place[layer] = value
             else:

@@ -89,7 +89,7 @@ class Call:
     ) -> Demand:
         """What the call asks of the rounding budget, as a forward pass announces it."""
         flops = self._gradient(2)
-        return Demand(layer, self.channels, flops, drop_rate, self.granule, round_to, self, criterion, gradients)
+        return Demand(layer, self.channels, flops, drop_rate, self.granule, round_to, (self,), criterion, gradients)
 
     def _gradient(self, outputs: int) -> int:
         positions = self.input if self.args.transposed else self.output

@@ -81,7 +81,7 @@ class Policy:
         self._clock = Clock(contents.schedule)
         self._bound: dict[str, Settings] = {}
         self.compiled: Any = None  # what the backend knows of the policy; see backend.CompiledState
-        self.remembered: dict[str, dict] = {"flops": {}, "kept": {}}  # of a loaded state; see allocation.settled
+        self.remembered: dict[str, dict] = {"flops": {}, "kept": {}, "losses": {}}  # of a loaded state; see allocation.settled
         text = json.dumps(self.to_dict(), sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -211,11 +211,12 @@ class Policy:
     def state_dict(self) -> dict[str, Any]:
         """The clock, ``steps`` and ``clock``, and the ``schedule`` that it belongs to, as plain values.
 
-        Once a model has trained under the policy, ``counts`` holds the kept counts that ``round_to: auto`` has settled.
+        Once a model has trained under the policy, ``counts`` holds the kept counts that ``round_to: auto`` and
+        ``profitable: auto`` have settled.
         """
         found = settled(self)
-        kept = [[factor, plan] for factor, plan in found["kept"].items()]
-        counts = {"digest": self.digest, "flops": found["flops"], "kept": kept}
+        kept, losses = ([[factor, values] for factor, values in found[key].items()] for key in ("kept", "losses"))
+        counts = {"digest": self.digest, "flops": found["flops"], "kept": kept, **({"losses": losses} if losses else {})}
         return {
             "steps": self.steps,
             "clock": self._clock.mode,
@@ -234,9 +235,14 @@ class Policy:
             state = {key: value for key, value in state.items() if key != "counts"}
             try:
                 mine = counts["digest"] == self.digest
-                loaded = {"flops": dict(counts["flops"]), "kept": {factor: dict(plan) for factor, plan in counts["kept"]}}
+                by_factor = {"kept": counts["kept"], "losses": counts.get("losses", [])}
+                loaded = {key: {factor: dict(values) for factor, values in found} for key, found in by_factor.items()}
+                loaded["flops"] = dict(counts["flops"])
                 for numbers in (loaded["flops"], *loaded["kept"].values()):
                     if not all(type(number) is int for number in numbers.values()):
+                        raise TypeError
+                for figures in (f for losses in loaded["losses"].values() for f in losses.values()):
+                    if [type(figure) for figure in figures] != [int, float, float, int]:
                         raise TypeError
             except (KeyError, TypeError, ValueError):
                 what = "the counts are not what state_dict() returned"

@@ -13,7 +13,8 @@ import logging
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,12 @@ _ROUNDS, _SECONDS = 15, 0.3
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a backward pass, dense and with ``keep`` channels kept."""
+    """Median seconds of a backward pass, dense and with ``keep`` channels kept; of several ``calls``, all of them together."""
 
     keep: int
     dense: float
     sparse: float
+    calls: int = 1
 
     @property
     def pays(self) -> bool:
@@ -48,7 +50,8 @@ class Timing:
         return self.sparse < MARGIN * self.dense
 
     def __str__(self) -> str:
-        return f"{self.sparse * 1e3:.3g} ms sparse against {self.dense * 1e3:.3g} ms dense"
+        several = f", {self.calls} calls" if self.calls > 1 else ""
+        return f"{self.sparse * 1e3:.3g} ms sparse against {self.dense * 1e3:.3g} ms dense{several}"
 
 
 def measure(call: Call, keeps: Sequence[int], criterion: str = "l1", gradients: str = "all") -> list[Timing]:
@@ -78,6 +81,19 @@ def measure(call: Call, keeps: Sequence[int], criterion: str = "l1", gradients: 
             store[names[keep]] = [times["dense"], times[str(keep)]]
         _write(store)
     return [Timing(keep, *store[names[keep]]) for keep in keeps]
+
+
+def measure_together(
+    calls: Mapping[Call, int], keeps: Sequence[int], criterion: str = "l1", gradients: str = "all"
+) -> list[Timing]:
+    """:func:`measure` for all calls of a layer in a step, each with how often it is made: a head runs at several sizes."""
+    each = [(times, measure(call, keeps, criterion, gradients)) for call, times in calls.items()]
+
+    def total(i: int, keep: int) -> Timing:
+        dense, sparse = (sum(n * getattr(timings[i], which) for n, timings in each) for which in ("dense", "sparse"))
+        return Timing(keep, dense, sparse, sum(calls.values()))
+
+    return [total(i, keep) for i, keep in enumerate(keeps)]
 
 
 def settle(demands: Sequence[Demand], measured: bool) -> tuple[dict[str, int], dict[str, Timing]]:
@@ -111,7 +127,8 @@ def _loss(demand: Demand, keep: int) -> Timing | None:
     if keep >= demand.channels or is_masked(demand.criterion):
         return None
     try:
-        timing = measure(demand.call, [keep], demand.criterion, demand.gradients)[0]
+        calls = Counter(call for call in demand.calls if call.channels == demand.channels)
+        timing = measure_together(calls, [keep], demand.criterion, demand.gradients)[0]
     except RuntimeError as problem:  # a large layer need not fit into memory twice
         logger.warning("%s could not be timed: %s", demand.layer, problem)
         return None

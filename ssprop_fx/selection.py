@@ -114,8 +114,8 @@ def keep_count(drop_rate: float, channels: int, round_to: int = 1) -> int:
 class Demand:
     """What one layer asks of the budget: its choice of channels, and what the backward pass costs.
 
-    ``call``, where it is needed, is what a measurement of the layer has to repeat: a :class:`ssprop_fx.cost.Call`, and the
-    settings that its time depends on.
+    ``calls``, where they are needed, are what a measurement of the layer has to repeat: each :class:`ssprop_fx.cost.Call` of
+    a step, next to the settings that its time depends on.
     """
 
     layer: str
@@ -124,7 +124,7 @@ class Demand:
     drop_rate: float
     granule: int = 16
     round_to: int = AUTO
-    call: Any = None
+    calls: tuple[Any, ...] = ()
     criterion: str = "l1"
     gradients: str = "all"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .coverage import measure as measure_step
 from .errors import SSPropError
 from .masking import is_masked
 from .policy import Policy
-from .profit import Timing, measure, settle
+from .profit import Timing, measure_together, settle
 from .rules import Rule
 from .selection import AUTO, Demand, keep_count
 from .transform import transform
@@ -31,17 +32,18 @@ class TunedShape:
     Attributes:
         layers: their names.
         calls: convolution calls of theirs in a step.
-        weight, output: shapes, (K, C/g, *kernel) as the function takes it, and (N, K, *spatial).
+        weight: shape, (K, C/g, *kernel) as the function takes it.
+        outputs: shapes, (N, K, *spatial), of one layer's calls: more than one where it runs at several sizes.
         channels: how many channels one choice is made from.
         drop_rate: by the policy.
-        timing: at the policy's rate.
+        timing: of one layer in a step, at the policy's rate.
         others: at further rates, (rate, measurement), in the order of the rates.
     """
 
     layers: tuple[str, ...]
     calls: int
     weight: tuple[int, ...]
-    output: tuple[int, ...]
+    outputs: tuple[tuple[int, ...], ...]
     channels: int
     drop_rate: float
     timing: Timing
@@ -59,8 +61,9 @@ class TunedShape:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; times in seconds."""
         return {
-            "layers": list(self.layers), "calls": self.calls, "weight": list(self.weight), "output": list(self.output),
-            "channels": self.channels, "drop_rate": self.drop_rate, "kept": self.timing.keep,
+            "layers": list(self.layers), "calls": self.calls, "weight": list(self.weight),
+            "outputs": [list(sizes) for sizes in self.outputs], "channels": self.channels,
+            "drop_rate": self.drop_rate, "kept": self.timing.keep,
             "dense_seconds": self.timing.dense, "sparse_seconds": self.timing.sparse, "pays": self.timing.pays,
             "other_rates": [{"drop_rate": r, "kept": t.keep, "sparse_seconds": t.sparse} for r, t in self.others],
         }  # fmt: skip
@@ -85,9 +88,9 @@ class Tuned:
     @property
     def seconds(self) -> tuple[float, float, float]:
         """Backward time of the tuned layers in a step: dense, under the policy given, under the tuned one."""
-        dense = sum(s.calls * s.timing.dense for s in self.shapes)
-        given = sum(s.calls * s.timing.sparse for s in self.shapes)
-        tuned = sum(s.calls * (s.timing.sparse if s.timing.pays else s.timing.dense) for s in self.shapes)
+        dense = sum(len(s.layers) * s.timing.dense for s in self.shapes)
+        given = sum(len(s.layers) * s.timing.sparse for s in self.shapes)
+        tuned = sum(len(s.layers) * (s.timing.sparse if s.timing.pays else s.timing.dense) for s in self.shapes)
         return dense, given, tuned
 
     def to_policy(self) -> Policy:
@@ -165,18 +168,21 @@ def tune(
     alike: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
         s = layer.settings
-        alike.setdefault((layer.calls[0], counts[name], s.drop_rate, s.criterion, s.gradients), []).append(name)
+        work = frozenset(Counter(layer.calls).items())
+        alike.setdefault((work, counts[name], s.drop_rate, s.criterion, s.gradients), []).append(name)
     shapes = []
-    for done, ((call, keep, rate, criterion, gradients), names) in enumerate(alike.items()):
+    for done, ((work, keep, rate, criterion, gradients), names) in enumerate(alike.items()):
+        calls = layers[names[0]].calls
+        call = calls[0]
         progress(done, len(alike), f"{names[0]} {'×'.join(map(str, call.weight))}")
         further = {r: keep_count(r, call.channels) for r in sorted(rates) if r != rate}
-        first, *others = measure(call, [keep, *further.values()], criterion, gradients)
+        first, *others = measure_together(dict(work), [keep, *further.values()], criterion, gradients)
         shapes.append(
             TunedShape(
                 tuple(names),
-                sum(len(layers[n].calls) for n in names),
+                len(names) * len(calls),
                 call.weight,
-                call.output,
+                tuple(dict.fromkeys(c.output for c in calls)),
                 call.channels,
                 rate,
                 first,
@@ -184,7 +190,7 @@ def tune(
             )
         )
     progress(len(alike), len(alike), "")
-    device = next(iter(alike))[0].device
+    device = next(iter(layers.values())).calls[0].device
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else f" ({torch.cuda.get_device_name()})"
     return Tuned(type(model).__name__, policy, tuple(shapes), f"PyTorch {torch.__version__}, {device}{threads}")
 
@@ -192,8 +198,8 @@ def tune(
 def _demand(name: str, layer: MeasuredLayer) -> Demand:
     s = layer.settings
     round_to = AUTO if s.round_to == "auto" else int(s.round_to)
-    demand = layer.calls[0].demand(name, s.drop_rate, round_to, s.criterion, s.gradients)
-    return Demand(**demand.__dict__ | {"flops": sum(c.demand(name, 0.0).flops for c in layer.calls)})
+    demands = [call.demand(name, s.drop_rate, round_to, s.criterion, s.gradients) for call in layer.calls]
+    return replace(demands[0], flops=sum(d.flops for d in demands), calls=tuple(layer.calls))
 
 
 def _pattern(name: str) -> str:

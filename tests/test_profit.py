@@ -118,6 +118,67 @@ def test_a_layer_found_to_stay_dense_is_called_as_in_the_original(timings):
     assert ssprop_fx.inspect(model, x).coverage == 1.0
 
 
+class Pyramid(nn.Module):
+    """A head at three sizes, the small ones first."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(3, 16, 3, padding=1)
+
+    def forward(self, x):
+        return sum(self.head(x[..., :size, :size]).sum() for size in (2, 2, 8))
+
+
+@pytest.mark.parametrize(("small", "large", "kept"), [(1.4, 2.0, 8), (1.5, 2.9, 16), (2.0, 2.0, 16)])
+def test_a_layer_at_several_sizes_is_judged_by_all_of_them(monkeypatch, small, large, kept):
+    """Dense takes 1 at each of two small sizes and 3 at the large one, 5 in all."""
+
+    def fake(call, keeps, criterion="l1", gradients="all"):
+        return [Timing(keep, *((1.0, small) if call.output[-1] == 2 else (3.0, large))) for keep in keeps]
+
+    monkeypatch.setattr(profit, "measure", fake)
+    policy = always_sparse(drop_rate=0.5, profitable="auto", round_to=1)
+    model = ssprop_fx.transform(Pyramid(), policy)
+    for _ in range(2):
+        model.zero_grad()
+        assert sparse_gradients(model, torch.randn(2, 3, 8, 8)) == {"head.weight": kept}
+    if small == 1.5:
+        total = 2 * small + large
+        reason = f"does not pay: {total * 1e3:.3g} ms sparse against 5e+03 ms dense, 3 calls"
+        assert ssprop_fx.inspect(model).rows[0].reason == (reason if kept == 16 else "")
+
+
+def test_a_resumed_run_knows_what_does_not_pay(timings):
+    """Its first inputs may have other sizes, so it has to be told: why a layer is dense, and that it is called as ever."""
+
+    def made():
+        torch.manual_seed(0)
+        policy = always_sparse(drop_rate=0.5, profitable="auto")
+        return ssprop_fx.transform(Net(), policy), policy
+
+    (first, policy), (second, resumed) = made(), made()
+    sparse_gradients(first, torch.randn(2, 3, 8, 8))
+    state = json.loads(json.dumps(policy.state_dict()))
+    resumed.load_state_dict(state)
+    asked = len(timings)
+    seen = []
+    second.point.register_forward_hook(lambda module, args, output: seen.append(type(output.grad_fn).__name__))
+    x = torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        second.zero_grad()
+        assert sparse_gradients(second, x)["point.weight"] == 16
+    assert seen == ["_ConvolutionBackward", "ConvolutionBackward0"]
+    assert len(timings) == asked
+    assert [row.reason for row in ssprop_fx.inspect(second).rows] == [row.reason for row in ssprop_fx.inspect(first).rows]
+    assert resumed.state_dict()["counts"] == state["counts"]
+    for losses in ([[1.0, {"point": [8, "slow", 3.0, 1]}]], [[1.0, {"point": 8}]], {"point": 8}):
+        with pytest.raises(ssprop_fx.PolicyError, match="counts"):
+            resumed.load_state_dict(state | {"counts": state["counts"] | {"losses": losses}})
+    older = {key: value for key, value in state["counts"].items() if key != "losses"}
+    resumed.load_state_dict(state | {"counts": older})  # as an earlier version wrote it
+    assert sparse_gradients(second, x)["point.weight"] == 16
+
+
 def test_what_does_not_pay_has_no_part_in_the_rounding_budget(timings):
     demands = [call(256).demand("a", 0.8), call(256, weight=(256, 4, 1, 1)).demand("b", 0.8)]
     counts, losses = settle(demands, measured=True)

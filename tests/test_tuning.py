@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ssprop_fx
-from ssprop_fx import Policy, SSPropError, profit, tuning
+from ssprop_fx import Policy, SSPropError, profit
 from ssprop_fx.profit import Timing
 from ssprop_fx.tuning import tune
 
@@ -36,7 +36,7 @@ def timings(monkeypatch):
         pays = [call.weight[-1] > 1 or keep <= 2 for keep in keeps]
         return [Timing(keep, 4e-3, 1e-3 if p and call.needs[0] else 5e-3) for keep, p in zip(keeps, pays, strict=True)]
 
-    monkeypatch.setattr(tuning, "measure", fake)
+    monkeypatch.setattr(profit, "measure", fake)
 
 
 def test_layers_that_do_the_same_work_are_timed_together(net, timings):
@@ -44,6 +44,32 @@ def test_layers_that_do_the_same_work_are_timed_together(net, timings):
     assert [(s.layers, s.calls) for s in tuned.shapes] == [(("stem",), 1), (("blocks.0", "blocks.1"), 2), (("point",), 2)]
     assert [s.timing.keep for s in tuned.shapes] == [6, 6, 3]
     assert [[r for r, _ in s.others] for s in tuned.shapes] == [[0.5, 0.9]] * 3
+
+
+class Head(nn.Module):
+    """One layer at two sizes, as a detector's head; the large one decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(4, 16, 3, padding=1)
+        self.other = nn.Conv2d(4, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(x[..., :4, :4]).sum() + self.head(x).sum() + self.head(x).sum() + self.other(x).sum()
+
+
+def test_a_layer_at_several_sizes_is_timed_at_each(monkeypatch):
+    def fake(call, keeps, criterion="l1", gradients="all"):
+        return [Timing(keep, *((1.0, 1.5) if call.output[-1] == 4 else (3.0, 2.0))) for keep in keeps]
+
+    monkeypatch.setattr(profit, "measure", fake)
+    tuned = tune(Head(), torch.randn(2, 4, 8, 8), Policy(round_to=1))
+    head, other = tuned.shapes
+    assert (head.layers, head.calls, head.outputs) == (("head",), 3, ((2, 16, 4, 4), (2, 16, 8, 8)))
+    assert (head.timing.dense, head.timing.sparse) == (1.0 + 2 * 3.0, 1.5 + 2 * 2.0)
+    assert (other.calls, other.timing.dense) == (1, 3.0)
+    assert tuned.seconds == (10.0, 7.5, 7.5)
+    assert tuned.to_dict()["shapes"][0]["outputs"] == [[2, 16, 4, 4], [2, 16, 8, 8]]
 
 
 def test_what_does_not_pay_gets_a_rule_and_its_reason(net, timings, tmp_path):
@@ -57,7 +83,7 @@ def test_what_does_not_pay_gets_a_rule_and_its_reason(net, timings, tmp_path):
     assert rates == {"stem": (0, "l2"), "blocks.0": (0.8, "l1"), "blocks.1": (0.8, "l1"), "point": (0, "l1")}
     text = tuned.to_yaml()
     assert "# 6 of 32 channels: 5 ms sparse against 4 ms dense; pays at no rate that was tried\n" in text
-    assert "# 3 of 16 channels: 5 ms sparse against 4 ms dense; pays at a rate of 0.9\n" in text
+    assert "# 3 of 16 channels: 10 ms sparse against 8 ms dense, 2 calls; pays at a rate of 0.9\n" in text
     assert "20.0 ms dense, 17.0 ms sparse, 14.0 ms with the last rules" in text
 
 
@@ -87,7 +113,7 @@ def test_a_layer_whose_name_reads_like_a_pattern_is_named_to_the_letter(timings)
 
 
 def test_a_model_all_of_which_pays_keeps_its_policy(net, monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "measure", lambda call, keeps, *_: [Timing(k, 2.0, 1.0) for k in keeps])
+    monkeypatch.setattr(profit, "measure", lambda call, keeps, *_: [Timing(k, 2.0, 1.0) for k in keeps])
     base = Policy(drop_rate=0.7)
     tuned = tune(*net, base)
     (tmp_path / "policy.yaml").write_text(tuned.to_yaml())
