@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ssprop_fx import ops
 from ssprop_fx.convolutions import ConvArgs, ConvSpec, output_channels
 from ssprop_fx.cost import is_number
-from ssprop_fx.selection import AUTO, choices
+from ssprop_fx.selection import choices
 
 from .assign_policy import Decision
 from .find_convolutions import current_arguments, example_value
@@ -56,14 +56,7 @@ class Sparsify(PassBase):
     def _rewrite(self, graph_module: GraphModule, decision: Decision) -> None:
         convolution, settings = decision.convolution, decision.settings
         node, spec, graph = convolution.node, convolution.spec, graph_module.graph
-        operator_settings = (
-            convolution.layer,
-            settings.drop_rate,
-            settings.ranking,
-            AUTO if settings.round_to == "auto" else settings.round_to,
-            settings.gradients,
-            self.allocation,
-        )
+        arguments = settings.as_arguments(convolution.layer, self.allocation)
         bound = current_arguments(graph_module, node)  # an input may be a convolution that was just replaced
         with graph.inserting_before(node):
             example = None
@@ -72,7 +65,7 @@ class Sparsify(PassBase):
                 module: Any = graph_module.get_submodule(str(node.target))
                 example = _examples(module, spec)
             input, args, unbatched = _prepare(graph, spec, bound, example)
-            new = graph.call_function(ops.conv, (input, bound["weight"], bound["bias"], *args, *operator_settings))
+            new = graph.call_function(ops.conv, (input, bound["weight"], bound["bias"], *args, *arguments))
             if unbatched:
                 new.meta |= {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
                 new = graph.call_function(torch.squeeze, (new, 0))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .convolutions import spec_of_module
 from .coverage import BackwardCounter
 from .policy import Policy
 from .selection import importance, keep_count, kept_channels
@@ -111,9 +112,8 @@ class _MaskGradient(torch.autograd.Function):
 
 def masked(model: nn.Module, policy: Policy) -> nn.Module:
     """The naive way: the gradient of every convolution module's output is multiplied by a mask, the dense backward runs."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for module in model.modules():
-        if isinstance(module, kinds):
+        if spec_of_module(module):
             convolution: Any = module
             keep = keep_count(policy.drop_rate, convolution.out_channels)
             # another class, not a hook: the compiler reuses code of the model without, whatever hooks there are

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .arms import ARMS, at_factor, base_of, freeze
-from .coverage import scalar_loss
+from .coverage import call_model, scalar_loss
 from .errors import SSPropError, nearest
 from .inspection import inspect
 from .policy import Policy
 from .report import Report
 from .timing import Ratio, ratio, synchronize, take_turns, timed
-
-Step = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -194,9 +192,7 @@ class _Run:
         def forward() -> Tensor:
             device = next(model.parameters()).device.type
             with torch.autocast(device, self.amp, enabled=self.amp is not None):
-                if isinstance(self.inputs, Mapping):
-                    return self.loss(model(**self.inputs))
-                return self.loss(model(*self.inputs) if isinstance(self.inputs, (tuple, list)) else model(self.inputs))
+                return self.loss(call_model(model, self.inputs))
 
         return forward
 
@@ -262,10 +258,6 @@ class Ceiling:
                     spent = event.device_time_total or event.cpu_time_total
                     found.setdefault(key, [0.0] * rounds)[number] += spent / 1e6 / seconds
         return cls({key: statistics.median(shares) for key, shares in found.items()})
-
-    def total(self) -> float:
-        """All convolutions of a step."""
-        return sum(self.shares.values())
 
     def saving(self, report: Report) -> float:
         """Part of the step that the dropped channels of a report stand for; layers of one shape are averaged."""

@@ -241,19 +241,17 @@ def conv_kinds(spec: ConvSpec, weight_shape: Sequence[int], groups: int, functio
     return frozenset(kinds)
 
 
-def conv_backward_flops(
-    grad_shape: Sequence[int], weight_shape: Sequence[int], groups: int, transposed: bool, outputs: int = 2
-) -> int:
+def conv_backward_flops(positions: Sequence[int], weight_shape: Sequence[int], outputs: int = 2) -> int:
     """FLOPs of a convolution's backward pass: 2 · N · positions · K · C/g · kernel, for each of ``outputs`` gradients.
 
-    ``grad_shape`` is (N, K, *spatial); ``outputs`` counts the input and weight gradients that are computed. A
-    transposed convolution multiplies once per *input* position, so ``grad_shape`` must then be the input's,
-    (N, C, *spatial). A multiply and an add count as two, as in ``torch.utils.flop_counter``.
+    ``positions`` is the shape of the output's gradient, (N, K, *spatial); ``outputs`` counts the input and weight gradients
+    that are computed. A transposed convolution multiplies once per *input* position, so ``positions`` must then be the
+    input's shape, (N, C, *spatial). A multiply and an add count as two, as in ``torch.utils.flop_counter``.
     """
-    flops = 2 * grad_shape[0] * outputs
+    flops = 2 * positions[0] * outputs
     if len(weight_shape) == 2:  # linear: (*batch, K)
-        grad_shape = (*grad_shape[:1], 1, *grad_shape[1:-1])
-    for size in (*grad_shape[2:], *weight_shape):
+        positions = (*positions[:1], 1, *positions[1:-1])
+    for size in (*positions[2:], *weight_shape):
         flops *= size
     return flops
 

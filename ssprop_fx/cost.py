@@ -93,7 +93,7 @@ class Call:
 
     def _gradient(self, outputs: int) -> int:
         positions = self.input if self.args.transposed else self.output
-        return conv_backward_flops(positions, self.weight, int(self.args.groups), self.args.transposed, outputs)
+        return conv_backward_flops(positions, self.weight, outputs)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:

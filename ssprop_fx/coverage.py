@@ -126,9 +126,8 @@ class BackwardCounter(TorchDispatchMode):
         if func is _FORWARD and self.running and not handled() and not in_backward() and torch.is_grad_enabled():
             self.hidden[self.running[-1]] += any(t.requires_grad for t in args[:2])
         if func is _BACKWARD:
-            grad, input, weight, _, _, _, _, transposed, _, groups, mask = args
-            positions = input.shape if transposed else grad.shape
-            flops = conv_backward_flops(positions, weight.shape, groups, transposed, sum(mask[:2]))
+            grad, input, weight, _, _, _, _, transposed, _, _, mask = args
+            flops = conv_backward_flops(input.shape if transposed else grad.shape, weight.shape, sum(mask[:2]))
             self.count, self.conv_flops = self.count + 1, self.conv_flops + flops
         elif func._overloadpacket in self.formulas:
             flops = self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -249,7 +248,7 @@ def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) ->
         copied.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
     with _undone(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a checkpoint's, of inputs without gradients
-        _call(copied, example_inputs)
+        call_model(copied, example_inputs)
     return found
 
 
@@ -351,10 +350,11 @@ def _python_random() -> Iterator[None]:
 
 def _step(model: nn.Module, example_inputs: Any) -> None:
     with torch.enable_grad():
-        scalar_loss(_call(model, example_inputs)).backward()
+        scalar_loss(call_model(model, example_inputs)).backward()
 
 
-def _call(model: nn.Module, example_inputs: Any) -> Any:
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's outputs; a mapping gives keyword arguments, a tuple or list positional ones."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)

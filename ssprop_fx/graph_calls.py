@@ -189,6 +189,5 @@ def _asked_flops(record: GraphRecord) -> int:
 def _forward_flops(node: Node) -> int:
     arguments: Any = node.args
     input, weight = (arguments[i].meta["val"].shape for i in (0, 1))
-    transposed = bool(arguments[6])
-    positions = [as_number(size) for size in (input if transposed else node.meta["val"].shape)]
-    return conv_backward_flops(positions, list(map(as_number, weight)), as_number(arguments[8]), transposed, outputs=1)
+    positions = [as_number(size) for size in (input if arguments[6] else node.meta["val"].shape)]
+    return conv_backward_flops(positions, list(map(as_number, weight)), outputs=1)

@@ -174,7 +174,7 @@ def register_flop_formulas() -> None:
 def _conv_flops(input_shape, weight_shape, bias_shape, *rest, out_shape=None, **_) -> int:
     args = ConvArgs(*rest[:6])
     positions = input_shape if args.transposed else out_shape
-    return conv_backward_flops(positions, weight_shape, args.groups, args.transposed, outputs=1)
+    return conv_backward_flops(positions, weight_shape, outputs=1)
 
 
 def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) -> int:
@@ -182,7 +182,7 @@ def _conv_backward_flops(grad, input, weight, output, *rest, out_val=None, **_) 
     layer, drop_rate, criterion, round_to, gradients, allocation = rest[7:]
     keep = kept_now(layer, drop_rate, round_to, allocation, weight, args)
     shape = input.shape if args.transposed else grad.shape
-    one = conv_backward_flops(shape, weight.shape, args.groups, args.transposed, outputs=1)
+    one = conv_backward_flops(shape, weight.shape, outputs=1)
     kept = one if is_masked(criterion) else one * keep // choices(output_channels(weight.shape, args), args.groups)
     return (one if gradients == "weight" else kept) * mask[0] + kept * mask[1]
 

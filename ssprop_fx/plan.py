@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from .allocation import Allocation
 from .cost import Call
 from .policy import Policy, Settings
-from .selection import AUTO
 
 if TYPE_CHECKING:
     from .phases import PhaseDispatcher
@@ -51,7 +50,7 @@ class LivePlan:
             if name not in demands and s.drop_rate > 0 and counts_on_others:
                 for use in layer.uses:
                     if use.dispatcher is None:
-                        demand = use.call.demand(name, s.drop_rate, self._round_to(s), s.ranking, s.gradients)
+                        demand = use.call.demand(name, s.drop_rate, s.multiple, s.ranking, s.gradients)
                         self.allocation.announce(demand)
         self.dispatchers = {
             id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher
@@ -65,7 +64,7 @@ class LivePlan:
             def kept(name: str, settings: Settings, use: Use) -> int:
                 if use.dispatcher is not None:
                     return counts[id(use.dispatcher)][use.node]
-                return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, self._round_to(settings))
+                return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, settings.multiple)
 
             self._known[factor] = {
                 name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in self.layers.items() if v.uses
@@ -83,7 +82,3 @@ class LivePlan:
                     if use.node in at:
                         found.setdefault(name, str(at[use.node]))
         return found
-
-    @staticmethod
-    def _round_to(settings: Settings) -> int:
-        return AUTO if settings.round_to == "auto" else int(settings.round_to)

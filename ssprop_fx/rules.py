@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from .errors import Checked, PolicyError, Problem, nearest
 from .masking import ranking
 from .schedule import Schedule
+from .selection import AUTO
 
 _Kind = Literal[
     "conv1d",
@@ -135,6 +136,16 @@ class Settings:
     def ranking(self) -> str:
         """Criterion and units in one, as the operators take it: ``l1``, or ``l1 over space``."""
         return ranking(self.criterion, self.drop_over)
+
+    @property
+    def multiple(self) -> int:
+        """``round_to`` as the operators take it: 0 for ``auto``."""
+        # no layer has as many channels, and an operator's argument no more bits
+        return AUTO if self.round_to == "auto" else min(self.round_to, 1 << 62)
+
+    def as_arguments(self, layer: str, allocation: str) -> tuple[str, float, str, int, str, str]:
+        """What the operators are told of a layer, in their order; ``allocation`` is the handle of its model's counts."""
+        return layer, self.drop_rate, self.ranking, self.multiple, self.gradients, allocation
 
 
 class Rule(Checked):

@@ -33,7 +33,7 @@ from .backward import sparse_backward
 from .convolutions import NO_SPACE, ConvArgs, ConvSpec, output_channels, run
 from .cost import Call
 from .policy import Settings
-from .selection import AUTO, choices
+from .selection import choices
 
 _local = threading.local()  # .handled: the convolution that runs now has been rewritten already
 
@@ -65,7 +65,7 @@ class Site:
         self._args = NO_SPACE  # what they are to ``aten.convolution``
         self.ranking = settings.ranking
         self.needs_output = settings.criterion == "taylor"
-        self.round_to = AUTO if settings.round_to == "auto" else settings.round_to
+        self.round_to = settings.multiple
 
     def prepare(self, input: Tensor, weight: Tensor, *geometry: Any) -> tuple[Tensor, ConvArgs, bool]:
         """``spec.prepare``, remembered: a layer's geometry is nearly always that of its last call."""
@@ -79,8 +79,7 @@ class Site:
 
     def operator_settings(self) -> tuple[str, float, str, int, str, str]:
         """The settings as the operator takes them."""
-        s = self.settings
-        return self.layer, s.drop_rate, s.ranking, self.round_to, s.gradients, self.allocation.handle
+        return self.settings.as_arguments(self.layer, self.allocation.handle)
 
 
 def convolve(

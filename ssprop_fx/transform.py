@@ -125,6 +125,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     for name in scripted_convolutions(model):
         record.skipped[name] = SCRIPTED
     vars(result)[_RECORD] = record
+    vars(result)["__prepare_scriptable__"] = _refuse_to_script
     logger.info(
         "transformed %s: %d convolution modules, %d modules watched for functional calls",
         type(model).__name__,
@@ -314,6 +315,14 @@ def _refuse(model: Any) -> None:
             "the model has been transformed already; call transform on the original model, "
             "which shares its parameters, to train it under another policy"
         )
+
+
+def _refuse_to_script() -> None:
+    """What ``torch.jit.script`` asks a module for before it compiles it."""
+    raise TransformError(
+        "torch.jit.script compiles a model for its forward pass, in which a transformed model is the original; "
+        "script the original model, which shares its parameters"
+    )
 
 
 def _census(model: nn.Module) -> str:

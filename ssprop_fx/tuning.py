@@ -19,7 +19,7 @@ from .masking import is_masked
 from .policy import Policy
 from .profit import Timing, measure_together, settle
 from .rules import Rule
-from .selection import AUTO, Demand, keep_count
+from .selection import Demand, keep_count
 from .transform import transform
 
 RATES = (0.5, 0.8, 0.9)
@@ -197,8 +197,7 @@ def tune(
 
 def _demand(name: str, layer: MeasuredLayer) -> Demand:
     s = layer.settings
-    round_to = AUTO if s.round_to == "auto" else int(s.round_to)
-    demands = [call.demand(name, s.drop_rate, round_to, s.criterion, s.gradients) for call in layer.calls]
+    demands = [call.demand(name, s.drop_rate, s.multiple, s.criterion, s.gradients) for call in layer.calls]
     return replace(demands[0], flops=sum(d.flops for d in demands), calls=tuple(layer.calls))
 
 

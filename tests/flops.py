@@ -13,7 +13,7 @@ BACKWARD = torch.ops.aten.convolution_backward
 
 def grouped_flops(grad, x, w, _b, _s, _p, _d, transposed, _o, groups, mask, out_shape=None, **_):
     """PyTorch's own formula counts the weight gradient of a grouped convolution as if it were not grouped."""
-    return conv_backward_flops(x if transposed else grad, w, groups, transposed, sum(mask[:2]))
+    return conv_backward_flops(x if transposed else grad, w, sum(mask[:2]))
 
 
 class _Global:

@@ -151,6 +151,23 @@ def test_a_scripted_model_is_refused_and_by_the_compiler_too():
             compiled(scripted(), policy())
 
 
+def test_a_transformed_model_is_not_scripted_and_stays_as_it_is():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model = transformed(original, policy())
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(TransformError, match="script the original model"):
+            torch.jit.script(whole)
+    assert zero_rows(step(model)["0.weight"]) == 4
+    assert torch.equal(torch.jit.script(original)(X), model(X))
+
+
+@front_ends
+@pytest.mark.parametrize("multiple", [10**9, 10**30, 10**400])
+def test_a_multiple_that_no_layer_has_channels_for_keeps_one_of_them(front_end, multiple):
+    model = front_end(nn.Sequential(nn.Conv2d(3, 8, 3)), policy(round_to=multiple))
+    assert zero_rows(step(model)["0.weight"]) == 7
+
+
 class Partly(nn.Module):
     def __init__(self):
         super().__init__()
