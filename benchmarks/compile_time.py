@@ -25,7 +25,7 @@ import torch
 from models import add_options, build
 
 from ssprop_fx import Policy
-from ssprop_fx.coverage import scalar_loss
+from ssprop_fx.steps import scalar_loss
 
 ARMS = ("dense", "ssprop")
 

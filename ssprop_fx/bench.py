@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .arms import ARMS, at_factor, base_of, freeze
-from .coverage import call_model, scalar_loss
 from .errors import SSPropError, nearest
 from .inspection import inspect
 from .policy import Policy
 from .report import Report
+from .steps import call_model, scalar_loss
 from .timing import Ratio, ratio, synchronize, take_turns, timed
 
 

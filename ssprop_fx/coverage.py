@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from ._compat import in_backward, is_compiled, without_gradient_hooks
+from ._compat import in_backward, is_compiled
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
-from .errors import SSPropError, TransformError
+from .errors import TransformError
 from .policy import Policy, Settings
-from .schedule import clocks_put_back
-from .sharing import reachable, shared_copy
+from .sharing import shared_copy
 from .sites import handled
+from .steps import attributes_put_back, call_model, training_step, undone
 from .transform import Transformation, transform, transformation_of
 
 _FORWARD = torch.ops.aten.convolution.default
@@ -156,16 +154,16 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     user_model = unwrap(model)
     record = transformation_of(user_model)
     counter = BackwardCounter()
-    with _undone(user_model):
+    with undone(user_model):
         dense_model = _forced(user_model, 0.0)
         if record is not None:
             counter.watch(dense_model)
         with torch.compiler.set_stance("force_eager"), counter:
-            _step(dense_model, example_inputs)
+            training_step(dense_model, example_inputs)
     seen: Counter[str] = Counter()
-    with _undone(user_model), _attributes_put_back(user_model), _observing(seen.update):
+    with undone(user_model), attributes_put_back(user_model), _observing(seen.update):
         # compiled code is that of the user's own modules
-        _step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+        training_step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
     for name, module in user_model.named_modules():
         if isinstance(module, nn.Linear):
             del seen[name]  # rewritten, but no convolution
@@ -201,8 +199,8 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
         model = transform(shared_copy(user_model, share_listeners=False), Policy(drop_rate=0.5, schedule={"kind": "constant"}))
     except TransformError:  # compiled or scripted parts, which stay as they are
         return made, {}
-    with _undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
-        _step(model, example_inputs)
+    with undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
+        training_step(model, example_inputs)
     record = transformation_of(model)
     assert record is not None
     return made, {layer: (site.spec.name, site.kinds) for layer, site in record.sites.items()}
@@ -246,7 +244,7 @@ def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) ->
 
     for name in names:
         copied.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
-    with _undone(model), torch.no_grad(), warnings.catch_warnings():
+    with undone(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a checkpoint's, of inputs without gradients
         call_model(copied, example_inputs)
     return found
@@ -291,98 +289,3 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
             if factor and site.settings.drop_rate == 0:
                 site.settings = replace(site.settings, drop_rate=0.5)
     return copied
-
-
-@contextlib.contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Whatever a step does to the model's tensors, to gradients, random states and clocks is put back."""
-    found = (_once(value.detach()) for value in reachable([model]) if isinstance(value, Tensor) and value.is_leaf)
-    values = [(tensor, tensor.clone()) for tensor in found]
-    grads = [(p, p.grad) for p in model.parameters()]
-    for p, _ in grads:
-        p.grad = None
-    try:
-        with torch.random.fork_rng(), _python_random(), clocks_put_back(), without_gradient_hooks(p for p, _ in grads):
-            yield
-    finally:
-        for tensor, value in values:
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)  # not counted as a change: a graph may have saved it
-        for p, grad in grads:
-            p.grad = grad
-
-
-@contextlib.contextmanager
-def _attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Numbers, states and whatever else a forward binds to its modules' attributes are put back."""
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, values in before:
-            for name in attributes.keys() - values.keys():
-                del attributes[name]
-            for name, value in values.items():
-                if attributes.get(name, attributes) is not value:
-                    attributes[name] = value
-
-
-def _once(tensor: Tensor) -> Tensor:
-    """A view of a tensor with each place in memory once, of an expanded one."""
-    for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided else ()):
-        if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-@contextlib.contextmanager
-def _python_random() -> Iterator[None]:
-    """Python's and NumPy's random numbers, put back."""
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    numbers = numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numbers)
-
-
-def _step(model: nn.Module, example_inputs: Any) -> None:
-    with torch.enable_grad():
-        scalar_loss(call_model(model, example_inputs)).backward()
-
-
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """The model's outputs; a mapping gives keyword arguments, a tuple or list positional ones."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
-
-
-def scalar_loss(outputs: Any) -> Tensor:
-    """A loss for any model: the sum of the mean squares of its floating-point outputs.
-
-    Raises:
-        SSPropError: none of them carries a gradient.
-    """
-    wanted = [t for t in tensors_of(outputs) if t.is_floating_point() and t.requires_grad]
-    if not wanted:
-        raise SSPropError(
-            "no output of the model carries a gradient, so there is no backward pass to measure; "
-            "is the model in training mode, and does a parameter require a gradient?"
-        )
-    return torch.stack([t.float().square().mean() for t in wanted]).sum()
-
-
-def tensors_of(outputs: Any) -> list[Tensor]:
-    """The tensors of whatever a model returns: a tensor, containers, mappings, dataclass-like outputs."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += [t for v in leaf.values() for t in tensors_of(v)]
-        elif hasattr(leaf, "__dict__"):
-            found += [t for v in vars(leaf).values() for t in tensors_of(v) if not isinstance(v, type(leaf))]
-    return found

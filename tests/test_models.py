@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssprop_fx
 from ssprop_fx.backend import records_of
-from ssprop_fx.coverage import measure, tensors_of
+from ssprop_fx.coverage import measure
+from ssprop_fx.steps import tensors_of
 from ssprop_fx.transform import transform
 
 RATE = 0.8

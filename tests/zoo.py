@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ssprop_fx
 from ssprop_fx import Policy
-from ssprop_fx.coverage import tensors_of
+from ssprop_fx.steps import tensors_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from zoo import policy
 
 import ssprop_fx
 from ssprop_fx import SSPropError
-from ssprop_fx.coverage import tensors_of
+from ssprop_fx.steps import tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 slow = pytest.mark.slow

@@ -1,0 +1,118 @@
+"""One training step of any model, for measuring, and what it changed put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ._compat import without_gradient_hooks
+from .errors import SSPropError
+from .schedule import clocks_put_back
+from .sharing import reachable
+
+
+@contextlib.contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Whatever a step does to the model's tensors, to gradients, random states and clocks is put back."""
+    found = (_once(value.detach()) for value in reachable([model]) if isinstance(value, Tensor) and value.is_leaf)
+    values = [(tensor, tensor.clone()) for tensor in found]
+    grads = [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    try:
+        with torch.random.fork_rng(), _python_random(), clocks_put_back(), without_gradient_hooks(p for p, _ in grads):
+            yield
+    finally:
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)  # not counted as a change: a graph may have saved it
+        for p, grad in grads:
+            p.grad = grad
+
+
+@contextlib.contextmanager
+def attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """Numbers, states and whatever else a forward binds to its modules' attributes are put back."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            for name in attributes.keys() - values.keys():
+                del attributes[name]
+            for name, value in values.items():
+                if attributes.get(name, attributes) is not value:
+                    attributes[name] = value
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A view of a tensor with each place in memory once, of an expanded one."""
+    for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided else ()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+@contextlib.contextmanager
+def _python_random() -> Iterator[None]:
+    """Python's and NumPy's random numbers, put back."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numbers = numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numbers)
+
+
+def training_step(model: nn.Module, example_inputs: Any) -> None:
+    """Forward and backward pass, with :func:`scalar_loss` of the outputs.
+
+    Raises:
+        SSPropError: none of the outputs carries a gradient.
+    """
+    with torch.enable_grad():
+        scalar_loss(call_model(model, example_inputs)).backward()
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's outputs; a mapping gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
+
+
+def scalar_loss(outputs: Any) -> Tensor:
+    """A loss for any model: the sum of the mean squares of its floating-point outputs.
+
+    Raises:
+        SSPropError: none of them carries a gradient.
+    """
+    wanted = [t for t in tensors_of(outputs) if t.is_floating_point() and t.requires_grad]
+    if not wanted:
+        raise SSPropError(
+            "no output of the model carries a gradient, so there is no backward pass to measure; "
+            "is the model in training mode, and does a parameter require a gradient?"
+        )
+    return torch.stack([t.float().square().mean() for t in wanted]).sum()
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of whatever a model returns: a tensor, containers, mappings, dataclass-like outputs."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += [t for v in leaf.values() for t in tensors_of(v)]
+        elif hasattr(leaf, "__dict__"):
+            found += [t for v in vars(leaf).values() for t in tensors_of(v) if not isinstance(v, type(leaf))]
+    return found
