@@ -1,8 +1,10 @@
 # Every target is complete in itself: it creates .venv, installs what it needs, and runs. A second call finds it done.
-# `make test PYTHON=python3.12` chooses the Python to start from.
+# `make test PYTHON=python3.12` chooses the Python to start from, `make test JOBS=1` runs the tests in one process.
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-all lint format docs clean
 .SECONDARY:
@@ -11,10 +13,10 @@ demo: .venv/.installed-demo
 	$(BIN)/ssprop-fx demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

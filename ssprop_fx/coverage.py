@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,16 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
     Raises:
         SSPropError: no output of the model carries a gradient.
     """
+    try:
+        return _measure(model, example_inputs)
+    finally:
+        if is_compiled(model):
+            # The copies refer to themselves. Whoever keeps models weakly (spikingjelly's caches) would see them die at any
+            # time, in the midst of compiling the next step, too.
+            gc.collect()
+
+
+def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
     from .naming import unwrap
 
     user_model = unwrap(model)

@@ -1,8 +1,10 @@
 """The report: rows, totals that equal PyTorch's own count, other steps, and the graphs."""
 
 import copy
+import gc
 import json
 import sys
+import weakref
 
 import networkx
 import pytest
@@ -664,3 +666,34 @@ def test_a_model_whose_convolutions_are_all_frozen_has_no_flops_to_save():
     model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Flatten(), nn.Linear(288, 2))
     report = ssprop_fx.inspect(ssprop_fx.transform(model, turns()), torch.randn(2, 3, 8, 8))
     assert "the measured step has no convolution's backward pass" in str(report)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_no_copy_of_a_compiled_model_outlives_its_inspection(first):
+    """A forward may keep models weakly, and its compiled code be guarded by them, as spikingjelly's is."""
+    seen = weakref.WeakSet()
+
+    @torch._dynamo.disable
+    def note(module):
+        seen.add(module)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            note(self.conv)
+            return self.conv(x)
+
+    torch._dynamo.reset()
+    model = ssprop_fx.transform(Net(), turns()) if first else Net()
+    compiled = torch.compile(model, backend="ssprop", options={"inner": "aot_eager"} | ({} if first else {"policy": turns()}))
+    x = torch.randn(2, 3, 8, 8)
+    compiled(x).sum().backward()
+    gc.disable()
+    try:
+        assert ssprop_fx.inspect(compiled, x).coverage == 1
+    finally:
+        gc.enable()
+    assert list(seen) == [model.conv]

@@ -117,6 +117,7 @@ def _spiking(path: str, multi_step: bool = False, **kwargs: Any) -> Callable[[],
     def make() -> nn.Module:
         from spikingjelly.activation_based import functional, neuron, surrogate
 
+        gc.collect()  # it keeps nets weakly, and Dynamo fails if one that it saw while tracing is collected before the code runs
         neurons = {"spiking_neuron": neuron.LIFNode, "surrogate_function": surrogate.ATan(), "detach_reset": True}
         net = _make(f"spikingjelly.activation_based.model.{path}", **neurons, **kwargs)()
         if multi_step:
