@@ -110,7 +110,7 @@ class LowerBackward(PassBase):
                 # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
                 grad = in_memory_order(grad)
             ranked = after(grad) if inductor_cpu and not is_masked(criterion) else None
-            return sparse_backward(
+            grads = sparse_backward(
                 grad,
                 input,
                 weight,
@@ -123,6 +123,8 @@ class LowerBackward(PassBase):
                 compiling=True,
                 ranked=ranked,
             )
+            # what comes after was traced for the dense gradients' layout, to which Inductor alone does not hold
+            return grads if self.decompositions else tuple(map(_laid_out, grads, node.meta["val"]))
 
         values = [_value(flat[place]) for place in places]
         with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
@@ -166,6 +168,15 @@ class LowerBackward(PassBase):
                 user.replace_all_uses_with(None)  # type: ignore[arg-type]
             graph.erase_node(user)
         graph.erase_node(node)
+
+
+def _laid_out(grad: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient in the memory format of another one."""
+    if grad is None or like is None:
+        return grad
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    is_last = like.dim() in formats and not like.is_contiguous() and like.is_contiguous(memory_format=formats[like.dim()])
+    return grad.contiguous(memory_format=formats[like.dim()] if is_last else torch.contiguous_format)
 
 
 def _value(arg: Any) -> Any:

@@ -293,6 +293,15 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return force_stride_order(tensor, tensor.stride())
 
 
+def gradient_format(input: torch.Tensor, weight: torch.Tensor, args: Sequence[Any]) -> torch.memory_format:
+    """The memory format that ``aten.convolution_backward`` gives the input's gradient."""
+    stride, padding, dilation, transposed, output_padding, groups = args
+    backend = torch._C._select_conv_backend(
+        input, weight, None, list(stride), list(padding), list(dilation), transposed, list(output_padding), groups, None
+    )
+    return torch._C._conv_determine_backend_memory_format(input, weight, backend)
+
+
 def inductor_options() -> Collection[str]:
     """The names of Inductor's settings."""
     return torch._inductor.list_options()

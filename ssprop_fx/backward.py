@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._compat import gradient_format
 from .convolutions import ConvArgs
 from .gather import between_zeros, channels_last, spread, take
 from .masking import is_masked, masked
@@ -107,6 +108,9 @@ def sparse_backward(
     if mask[0]:
         assert gi is not None
         input_grad = gi if rows is None else spread(gi, 1, rows, input, compiling)
+        if not compiling and weight.dim() > 2 and not all(t.is_contiguous() for t in (input_grad, input, weight)):
+            # as the dense one: PyTorch's instance_norm, for one, has a wrong backward for a gradient in another format
+            input_grad = input_grad.contiguous(memory_format=gradient_format(input, weight, args))
     weight_grad = _spread_weight(gw, weight, index, rows, args, compiling) if gw is not None else None
     bias_grad = None
     if mask[2]:

@@ -65,6 +65,8 @@ def channels_last(tensor: Tensor) -> bool:
 
 
 def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    if tensor.dim() > 2 and all(size == 1 for size in tensor.shape[2:]) and tensor.is_contiguous():  # in either format
+        return _select(tensor.flatten(1), dim, index)[(..., *[None] * (tensor.dim() - 2))]
     if tensor.dim() <= 2 or not channels_last(tensor):
         return _select(tensor, dim, index)
     last = tensor.permute(0, *range(2, tensor.dim()), 1)

@@ -1,8 +1,14 @@
 """Taking channels and putting them back: layouts, the operators that stand for it in graphs, autograd."""
 
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
+import ssprop_fx
+from ssprop_fx.backward import dense_backward, sparse_backward
+from ssprop_fx.convolutions import ConvArgs
 from ssprop_fx.gather import after, between_zeros, channels_last, spread, take
 
 INDEX = torch.tensor([1, 4, 6])
@@ -76,3 +82,53 @@ def test_what_is_read_afterwards_is_the_same():
     assert torch.equal(after(values)[[0, 1, 2, 4]], values[[0, 1, 2, 4]])
     assert after(values)[3].isnan()
     torch.library.opcheck(torch.ops.ssprop.one_after, (values,), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_input_gradient_lies_in_memory_as_the_dense_one(dims, groups, kernel, stride, transposed, dtype):
+    """What comes after may depend on it: PyTorch's instance_norm has a wrong backward for some layouts."""
+    args = ConvArgs((stride,) * dims, (0,) * dims, (1,) * dims, transposed, (0,) * dims, groups)
+    for batch, *last in itertools.product((1, 3), (False, True), (False, dims > 1), (False, True)):
+        sizes = (batch, 16, *[6] * dims), (16, 16 // groups, *[kernel] * dims)
+        x, w = (channels_last_if(*size, last=is_last, dtype=dtype) for size, is_last in zip(sizes, last, strict=False))
+        y = torch.convolution(x, w, None, *args)
+        grad = channels_last_if(*y.shape, last=last[2], dtype=dtype)
+        dense = dense_backward(grad, x, w, args, (True, False, False))[0]
+        sparse = sparse_backward(grad, x, w, None, args, (True, True, False), 2, "l1")[0]
+        assert dense.stride() == sparse.stride() or (dense.is_contiguous() and sparse.is_contiguous())
+
+
+def channels_last_if(*sizes, last, dtype):
+    tensor = torch.randn(sizes, dtype=dtype)
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("front_end", ["transform", "backend", "both"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_pointwise_convolution_after_an_instance_norm(front_end, batch, dims):
+    torch.manual_seed(0)
+    convolution, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"InstanceNorm{dims}d")
+    model = nn.Sequential(convolution(4, 12, 1), norm(12), convolution(12, 8, 1)).double()
+    policy = ssprop_fx.Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"})
+    ours = model if front_end == "backend" else ssprop_fx.transform(model, policy)
+    if front_end != "transform":
+        torch._dynamo.reset()
+        options = {"inner": "aot_eager"} | ({"policy": policy} if front_end == "backend" else {})
+        ours = torch.compile(ours, backend="ssprop", options=options)
+    x = torch.randn(batch, 4, *[7] * dims, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours(a).sin().sum().backward()
+    kept = [layer.weight.grad.flatten(1).abs().sum(1) > 0 for layer in (model[0], model[2])]
+    got = [a.grad, *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    for layer, channels in zip((model[0], model[2]), kept, strict=True):
+        mask = channels.view(1, -1, *[1] * dims)
+        layer.register_forward_hook(lambda m, i, o, mask=mask: o.register_hook(lambda g: g * mask) and None)
+    model(b).sin().sum().backward()
+    for mine, wanted in zip(got, [b.grad, *(p.grad for p in model.parameters())], strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
