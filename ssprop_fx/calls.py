@@ -68,7 +68,8 @@ class _Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spec = SPEC_OF_FUNCTION.get(func) or SPEC_OF_OPERATOR.get(func)
-        if (spec is None and func not in GENERAL) or handled():
+        traced = any(issubclass(kind, torch.fx.Proxy) for kind in types)  # to be a call in a graph of torch.fx
+        if (spec is None and func not in GENERAL) or handled() or traced:
             return func(*args, **(kwargs or {}))
         if spec is not None:
             bound = spec.bind(args, kwargs or {})

@@ -33,12 +33,18 @@ _BACKWARD = torch.ops.aten.convolution_backward.default
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """A layer as a training step met it: its row of the convolution table, kinds, settings, and its calls in order."""
+    """A layer as a training step met it: its row of the convolution table, kinds, settings, and its calls in order.
+
+    Attributes:
+        calls: those with a backward pass, or which would have one if anything required it.
+        called: whether there was any call.
+    """
 
     spec: ConvSpec
     kinds: frozenset[str]
     settings: Settings
     calls: tuple[Call, ...]
+    called: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,12 +181,13 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
     with undone(user_model), attributes_put_back(user_model), _observing(seen.update):
         # compiled code is that of the user's own modules
         training_step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+    everything = Counter(seen)
     for name, module in user_model.named_modules():
         if isinstance(module, nn.Linear):
             del seen[name]  # rewritten, but no convolution
     flops = counter.conv_flops, counter.flops, counter.backward_flops
     if record is not None:
-        layers = _measured(record, transformation_of(dense_model), seen)
+        layers = _measured(record, transformation_of(dense_model), everything, is_compiled(model))
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
         elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
         for layer in record.skipped:  # those have rows of their own
@@ -261,16 +268,22 @@ def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) ->
     return found
 
 
-def _measured(record: Transformation, met: Any, seen: Mapping[str, int]) -> dict[str, MeasuredLayer]:
-    """The layers of ``record`` with the calls that its copy ``met`` saw, functional ones that only that has met included."""
+def _measured(record: Transformation, met: Any, seen: Mapping[str, int], compiled: bool) -> dict[str, MeasuredLayer]:
+    """The layers of ``record`` with the calls that its copy ``met`` saw, functional ones that only that has met included.
+
+    Args:
+        seen: layer → its backward passes in the sparse step.
+        compiled: that step ran compiled code, which need not reach all of them.
+    """
     layers = {}
     for layer, site in met.sites.items():
         own = record.sites.get(layer)
         settings = own.settings if own else record.policy.assign({layer: site.kinds}, require_match=False)[layer]
-        with_backward = [c for c in site.calls or () if c.needs is not None]
-        # a checkpointed call is made again in the backward pass, where it counts no second time
-        calls = with_backward[: seen[layer]] if seen.get(layer) else with_backward
-        layers[layer] = MeasuredLayer(site.spec, site.kinds, settings, tuple(calls))
+        wanted = [c for c in site.calls or () if c.needs is not None]
+        frozen = not any(any(c.needs or ()) for c in wanted)
+        # Only those with a backward pass count. A checkpointed call is made again in it, where it counts no second time.
+        calls = wanted if frozen or (compiled and not seen.get(layer)) else wanted[: seen.get(layer, 0)]
+        layers[layer] = MeasuredLayer(site.spec, site.kinds, settings, tuple(calls), bool(site.calls))
     return layers
 
 

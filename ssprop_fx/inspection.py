@@ -29,6 +29,7 @@ from .transform import (
     SCRIPTED,
     Transformation,
     changed_layers,
+    rewritten_modules,
     scripted_convolutions,
     transform,
     transformation_of,
@@ -84,6 +85,11 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
             'no graph of the compiled model has come to the backend "ssprop": no step was run yet, another backend was given, '
             "or Dynamo gave the model up, and then all of it trains dense (TORCH_LOGS=graph_breaks tells why); to reach every "
             "convolution call ssprop_fx.transform(model, policy) first and compile its result"
+        )
+    if any(True for _ in rewritten_modules(model)):
+        raise SSPropError(
+            f"{type(model).__name__} is made of parts of a transformed model, which still train by its policy; "
+            "inspect the transformed model itself, of which the report is"
         )
     raise SSPropError(
         f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
@@ -148,7 +154,8 @@ def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:
     if not reason and measurement is not None and name in measurement.missed:
         reason = f"{measurement.missed[name][0]} of its calls in no captured graph; transform first, then compile, reaches them"
     if not reason and measurement is not None and not calls and not measurement.calls.get(name):
-        reason = "no call in the measured step"
+        called = name in measurement.layers and measurement.layers[name].called
+        reason = f"no {'backward pass' if called else 'call'} in the measured step"
     if not reason and is_masked(settings.ranking):
         reason = "masked, for analysis: saves nothing"
     return Row(

@@ -102,7 +102,8 @@ def _conv_backward_fake(grad, input, weight, output, *rest):
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, weight, bias, *rest = inputs
-    ctx.save_for_backward(input, weight, output if rest[8].startswith("taylor") else None)
+    # an activation in place is free to write over the output; where none does, compilers leave the copy out
+    ctx.save_for_backward(input, weight, output.clone() if rest[8].startswith("taylor") else None)
     ctx.has_bias, ctx.rest = bias is not None, rest
 
 

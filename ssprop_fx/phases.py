@@ -151,12 +151,24 @@ class PhaseDispatcher:
     def counts(self, factors: tuple[float, ...]) -> dict[str, int]:
         """Channels to keep, by node, at one factor per allocation."""
         factor_of = {a.handle: f for a, f in zip(self.allocations, factors, strict=True)}
+        calls: dict[tuple, list[str]] = {}  # of each layer; those that choose from as many channels decide together
+        for name, demand in self.demands.items():
+            calls.setdefault((*self.settings[name], demand.channels), []).append(name)
         demands = []
-        for name, demand in sorted(self.demands.items(), key=lambda item: self.settings[item[0]][0]):  # by layer, as in eager
-            handle = self.settings[name][-1]
-            demands.append(replace(demand, drop_rate=demand.drop_rate * factor_of[handle]))
-        counts, self.losses[factors] = settle(demands, any(a.measures for a in self.allocations))
-        return {name: counts[name] for name in self.settings}
+        for names in sorted(calls.values(), key=lambda names: self.settings[names[0]][0]):  # by layer, as in eager mode
+            first, together = self.demands[names[0]], [self.demands[name] for name in names]
+            demands.append(
+                replace(
+                    first,
+                    flops=sum(d.flops for d in together),
+                    drop_rate=first.drop_rate * factor_of[self.settings[names[0]][-1]],
+                    calls=tuple(call for d in together for call in d.calls),
+                )
+            )
+        counts, losses = settle(demands, any(a.measures for a in self.allocations))
+        of = {name: names[0] for names in calls.values() for name in names}
+        self.losses[factors] = {name: losses[first] for name, first in of.items() if first in losses}
+        return {name: counts[of[name]] for name in self.settings}
 
 
 @contextlib.contextmanager

@@ -173,9 +173,44 @@ def plan_counts(demands: Sequence[Demand], tolerance: float = 0.02) -> dict[str,
             exact = min(max(round(wanted[d.layer]), 1), d.channels)
             off += error(d.layer, exact) - error(d.layer, count[d.layer])
             count[d.layer] = exact
-            options[d.layer] = [c for c in (int(wanted[d.layer]), int(wanted[d.layer]) + 1) if 1 <= c <= d.channels]
-        _improve(off, options, count, error, tolerance * asked)  # many layers of few channels, all rounded one way
+            options[d.layer] = _nearest(wanted[d.layer], d.channels)
+        off = _improve(off, options, count, error, tolerance * asked)  # many layers of few channels, all rounded one way
+    for further in range(3):  # no single layer's move helps, but those of several together may
+        if abs(off) <= tolerance * asked:
+            break
+        for d in demands:
+            near = _nearest(wanted[d.layer], d.channels, further if d.drop_rate > 0 else 0)
+            options[d.layer] = sorted({count[d.layer], *near})
+        count = _balanced(sorted(demands, key=lambda d: -unit[d.layer]), options, error, tolerance * asked)
+        off = sum(error(d.layer, count[d.layer]) for d in demands)
     return count
+
+
+def _nearest(wanted: float, channels: int, further: int = 0) -> list[int]:
+    """The whole numbers next to ``wanted``, below and above, and as many ``further`` away."""
+    low = int(wanted + 1e-6)
+    return [c for c in range(low - further, low + 2 + further) if 1 <= c <= channels]
+
+
+def _balanced(
+    demands: Sequence[Demand], options: Mapping[str, list[int]], error: Callable[[str, int], float], allowed: float
+) -> dict[str, int]:
+    """Counts out of ``options`` whose errors sum up to the least: layer by layer, the best sums so far carried on.
+
+    Of sums that are as good as equal one is carried on, and in all 512, those that the layers to come can best make up for:
+    up to nine layers of two options it is every combination.
+    """
+    errors = [[error(d.layer, c) for c in options[d.layer]] for d in demands]
+    to_come = sum((min(e) + max(e)) / 2 for e in errors)
+    sums: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for d, of_layer in zip(demands, errors, strict=True):
+        to_come -= (min(of_layer) + max(of_layer)) / 2
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for off, counts in sums:
+            for c, e in zip(options[d.layer], of_layer, strict=True):
+                found.setdefault(round((off + e) / allowed * 256), (off + e, (*counts, c)))
+        sums = sorted(found.values(), key=lambda item: abs(item[0] + to_come))[:512]
+    return dict(zip((d.layer for d in demands), min(sums, key=lambda item: abs(item[0]))[1], strict=True))
 
 
 def _improve(off, options: Mapping[str, list[int]], count: dict[str, int], error, allowed: float) -> float:

@@ -285,6 +285,8 @@ class _Convolution(torch.autograd.Function):
 
 def _wanted(ctx) -> list[bool]:
     """Which gradients of input, weight and bias this backward pass uses: ``autograd.grad`` may ask for a few only."""
+    if torch.compiler.is_compiling():  # compiled autograd, whose nodes are no nodes
+        return list(ctx.needs_input_grad[:3])
     edges = list(ctx.next_functions)  # of tensors only: two without a bias
     if ctx.saved is not None:
         edges[:2] = ctx.saved.next_functions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -143,6 +144,15 @@ def transformation_of(model: nn.Module) -> Transformation | None:
 def transformed_parts(model: nn.Module) -> dict[str, nn.Module]:
     """The results of ``transform`` by name: modules inside a model, or the model itself."""
     return {name: module for name, module in model.named_modules() if _RECORD in vars(module)}
+
+
+def rewritten_modules(model: nn.Module) -> Iterator[str]:
+    """Names of the modules whose convolution calls were replaced, wherever the root of the transformed model is."""
+    ours = {convolve_module, convolve_transposed_module, convolve_linear_module, run_intercepted}
+    for name, module in model.named_modules():
+        bound = (vars(module).get(key) for key in ("forward", "_conv_forward"))
+        if any(isinstance(b, functools.partial) and b.func in ours for b in bound):
+            yield name
 
 
 def changed_layers(part: nn.Module, record: Transformation) -> tuple[set[str], dict[str, nn.Module]]:
@@ -315,6 +325,15 @@ def _refuse(model: Any) -> None:
             "the model has been transformed already; call transform on the original model, "
             "which shares its parameters, to train it under another policy"
         )
+    if (part := next(rewritten_modules(model), None)) is not None:
+        raise TransformError(
+            f"{part or 'the model'} is part of a model that has been transformed already; "
+            "take the parts of the original model, which shares its parameters, and call transform on what you build of them"
+        )
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrappers = tuple(getattr(fsdp, n) for n in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, n))
+    if any(isinstance(module, wrappers) for module in model.modules()):
+        raise TransformError("the model's parameters are sharded by FSDP; call transform first and shard its result")
 
 
 def _refuse_to_script() -> None:

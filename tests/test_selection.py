@@ -1,5 +1,6 @@
 """How many channels are kept, and which."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -119,6 +120,28 @@ def test_auto_holds_its_budget_for_any_mixture_of_layers_and_rates(layers):
     floor = abs(share(demands, exact) - 1)
     assert asked > 0
     assert abs(share(demands, counts) - 1) <= max(0.02, floor) + 1e-9
+
+
+@generated(300)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(0, 19)), min_size=1, max_size=6))
+def test_auto_holds_its_budget_wherever_exact_counts_can(layers):
+    demands = [Demand(str(i), c, f * 1000, r / 20, 16) for i, (c, f, r) in enumerate(layers)]
+    asked = sum(d.flops * (1 - d.drop_rate) for d in demands)
+
+    def nearest(d):
+        wanted = (1 - d.drop_rate) * d.channels
+        return {min(max(c, 1), d.channels) for c in (math.floor(wanted + 1e-6), math.ceil(wanted - 1e-6))}
+
+    offs = (
+        abs(sum(d.flops * c / d.channels for d, c in zip(demands, counts, strict=True)) / asked - 1)
+        for counts in itertools.product(*map(nearest, demands))
+    )
+    assert abs(share(demands, plan_counts(demands)) - 1) <= max(0.02, min(offs)) + 1e-9
+
+
+def test_two_layers_move_where_none_alone_would_help():
+    demands = [Demand("0", 9, 31104, 0.8), Demand("2", 5, 51840, 0.5), Demand("4", 20, 115200, 0.9)]
+    assert abs(share(demands, plan_counts(demands)) - 1) <= 0.02
 
 
 def test_auto_gives_multiples_where_the_budget_allows_it():
