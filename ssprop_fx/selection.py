@@ -179,10 +179,13 @@ def plan_counts(demands: Sequence[Demand], tolerance: float = 0.02) -> dict[str,
         if abs(off) <= tolerance * asked:
             break
         for d in demands:
-            near = _nearest(wanted[d.layer], d.channels, further if d.drop_rate > 0 else 0)
-            options[d.layer] = sorted({count[d.layer], *near})
-        count = _balanced(sorted(demands, key=lambda d: -unit[d.layer]), options, error, tolerance * asked)
-        off = sum(error(d.layer, count[d.layer]) for d in demands)
+            around = _nearest(wanted[d.layer], d.channels, further if d.drop_rate > 0 else 0)
+            options[d.layer] = sorted({count[d.layer], *around})
+        ends = [sum(error(layer, end(choice)) for layer, choice in options.items()) for end in (min, max)]
+        if ends[0] <= tolerance * asked and ends[1] >= -tolerance * asked:
+            other = _balanced(sorted(demands, key=lambda d: -unit[d.layer]), options, error, tolerance * asked)
+            new = sum(error(layer, c) for layer, c in other.items())
+            count, off = (other, new) if abs(new) < abs(off) else (count, off)
     return count
 
 
