@@ -76,6 +76,7 @@ class GraphRecord:
         forward_compiles: how often the forward was compiled.
         seconds: compile times, ``forward`` and one entry per phase.
         shared: the further modules that the code has run for.
+        ran: the graph whose backward pass was run last has the largest.
     """
 
     captured: GraphModule
@@ -91,6 +92,7 @@ class GraphRecord:
     dispatcher: PhaseDispatcher | None = None
     compile_id: Any = None
     index: int = 0
+    ran: int = -1
     number: int = field(default_factory=itertools.count().__next__)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -100,16 +102,36 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
     return tuple(as_number(size) for size in tensor.shape)
 
 
+_actual: ContextVar[Mapping[Any, int] | None] = ContextVar("sizes of a step", default=None)
+
+
+@contextlib.contextmanager
+def sizes_of_a_step(symbols: Mapping[Any, int]) -> Iterator[None]:
+    """Inside, :func:`as_number` says what symbolic sizes are for these values of their symbols."""
+    token = _actual.set(symbols)
+    try:
+        yield
+    finally:
+        _actual.reset(token)
+
+
 def as_number(size: Any) -> int:
-    """A size as a number: what a symbolic size was when the graph was traced."""
+    """A size as a number: what a symbolic size was when the graph was traced, or inside of :func:`sizes_of_a_step`."""
     node = getattr(size, "node", None)
-    return int(node.hint) if node is not None else int(size)
+    if node is None:
+        return int(size)
+    symbols = _actual.get()
+    if symbols and hasattr(node.expr, "xreplace"):
+        value = node.expr.xreplace(symbols)
+        if getattr(value, "is_number", True):
+            return int(value)
+    return int(node.hint)
 
 
 def is_number(size: Any) -> bool:
     """Whether a size is the same number for all inputs of a graph."""
     node = getattr(size, "node", None)
-    return node is None or not node.expr.free_symbols
+    return node is None or not getattr(node.expr, "free_symbols", None)
 
 
 def total_bytes(calls: Sequence[Call], keep: Sequence[int] | None = None, gradients: str = "all") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .convolutions import ConvArgs, conv_backward_flops
-from .cost import Call, as_number
+from .cost import Call, as_number, sizes_of_a_step
 from .dataflow import Capture
 from .plan import Use
 
@@ -23,10 +24,13 @@ _CONVOLUTION = torch.ops.aten.convolution.default
 
 
 def calls_of(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
-    """Layer → its calls in the graphs in use: where a frame was compiled again, the last that has a backward pass."""
+    """Layer → its calls in the graphs in use: where a frame was compiled again, in the one that trained last."""
     newest: dict[tuple[str, str], GraphRecord] = {}
-    found = {id(record): _uses(record) for record in records}
-    for record in sorted(records, key=lambda r: r.dispatcher is not None):
+    found = {}
+    for record in records:
+        with _sizes_of_last_run(record):
+            found[id(record)] = _uses(record)
+    for record in sorted(records, key=lambda r: (r.dispatcher is not None, r.ran)):
         newest.update({(record.frame, layer): record for layer in found[id(record)]})
     trained = {layer for (_, layer), record in newest.items() if record.dispatcher is not None}
     merged: dict[str, tuple[Use, ...]] = {}
@@ -35,6 +39,10 @@ def calls_of(records: Sequence[GraphRecord]) -> dict[str, tuple[Use, ...]]:
             if newest[record.frame, layer] is record and (record.dispatcher is not None or layer not in trained):
                 merged[layer] = (*merged.get(layer, ()), *uses)
     return merged
+
+
+def _sizes_of_last_run(record: GraphRecord) -> contextlib.AbstractContextManager[None]:
+    return sizes_of_a_step(record.dispatcher.symbols() if record.dispatcher is not None else {})
 
 
 def _uses(record: GraphRecord) -> dict[str, list[Use]]:
@@ -118,11 +126,11 @@ def _captured_call(convolution: Any) -> Call | None:
 
 
 def captures_of(records: Sequence[GraphRecord]) -> list[Capture]:
-    """All of them; ``current`` are those that hold the newest graph of a layer with a backward pass, or of any other."""
+    """All of them; ``current`` are those in which a layer trained last, or the newest of one that has not."""
     captures = [_record_capture(f"graph {i}", record) for i, record in enumerate(records)]
     trained = any(record.backward is not None for record in records)
     newest: dict[tuple[str, str], Capture] = {}
-    for made, record in zip(captures, records, strict=True):
+    for made, record in sorted(zip(captures, records, strict=True), key=lambda pair: pair[1].ran):
         if record.backward is not None or not trained:
             newest.update({(record.frame, layer): made for layer in made.layers.values() or ("",)})
     current = {id(made) for made in newest.values()}
@@ -158,15 +166,16 @@ def merged_flops(model: nn.Module, records: Sequence[GraphRecord]) -> int:
     what nothing uses not at all.
     """
     newest: dict[str, GraphRecord] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: r.ran):
         if record.dispatcher is not None and record.forward is not None:
             newest[record.frame] = record
     saved = 0
     for record in newest.values():
-        asked = _asked_flops(record)
         runs = max((len(list(record.names_of(d, model))) for d in record.decisions), default=1)
         forward: Any = record.forward
-        made = sum(times * _forward_flops(node) for node, times in _nodes(forward, _CONVOLUTION))
+        with _sizes_of_last_run(record):
+            asked = _asked_flops(record)
+            made = sum(times * _forward_flops(node) for node, times in _nodes(forward, _CONVOLUTION))
         saved += runs * max(0, asked - made)
     return saved
 

@@ -178,7 +178,14 @@ class GraphNames:
 
     @functools.cached_property
     def _frame(self) -> nn.Module | None:
-        """The module whose forward was captured: the one below which the graph's tensors lie where their sources say."""
+        """The module whose forward was captured: the one below which the graph's tensors lie where their sources say.
+
+        Of a model and its transformed copy, which share them, the copy if there are operators of ours in the graph.
+        """
+        from .ops import conv
+        from .transform import transformation_of
+
+        ours = self.graph_module is not None and bool(self.graph_module.graph.find_nodes(op="call_function", target=conv))
         for node in self.graph_module.graph.find_nodes(op="placeholder") if self.graph_module is not None else ():
             source, tensor = graph_argument(node)
             # most call it self; of anything but a module a tensor is not an attribute of that kind
@@ -186,11 +193,16 @@ class GraphNames:
             if tensor is None or not source.startswith("L['self']"):
                 continue
             path = plain_text(source)
+            found: dict[bool, nn.Module] = {}
             for holder, name in self.index.holders(tensor):
                 full = f".{self.index.name(holder)}.{name}"
                 if full.endswith(f".{path}"):
                     root = self.index.root(holder)
-                    return dict(_plain_modules(root)).get(full.removesuffix(f".{path}").lstrip("."))
+                    module = dict(_plain_modules(root)).get(full.removesuffix(f".{path}").lstrip("."))
+                    if module is not None:
+                        found.setdefault(ours == (transformation_of(root) is not None), module)
+            if found:
+                return found.get(True, next(iter(found.values())))
         return None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.fx import GraphModule
 from . import ops, passes
 from ._compat import fake_mode_of, lowering_context
 from .allocation import allocation_for, observers
+from .cost import is_number
 from .logs import backward_lowered
 from .passes import ChannelsLastScatter, ChannelsLastSums, LowerBackward, lowering_demands
 from .passes._graphs import graphs_within
@@ -28,6 +30,7 @@ from .profit import Timing, settle
 if TYPE_CHECKING:
     from .backend import GraphRecord
 
+_runs = itertools.count()
 lock = threading.RLock()  # lowering, and unpickling what is lowered, goes one at a time
 
 
@@ -84,12 +87,17 @@ class PhaseDispatcher:
     def _begin(self, record: GraphRecord) -> None:
         self._boxed_call = True  # on the instance: wrappers copy it from there
         self.record = record
+        self.symbolic = any(not is_number(size) for value in self.example_inputs for size in _sizes_of(value))
+        self._sizes: list[Any] = []
         self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
         self.losses: dict[tuple[float, ...], dict[str, Timing]] = {}  # by factors and node: why it stays dense
         self.by_factor: dict[tuple[float, ...], Callable[..., Any]] = {}
         self.by_count: dict[tuple[int, ...], Callable[..., Any]] = {}
 
     def __call__(self, inputs: list[Any]) -> Any:
+        self.record.ran = next(_runs)
+        if self.symbolic:
+            self._sizes = [tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs]
         factors = tuple(a.policy.quantized_factor for a in self.allocations)
         run = self.by_factor.get(factors)
         if run is None:
@@ -142,6 +150,15 @@ class PhaseDispatcher:
         run = self.by_factor[factors] = self.by_count[key]
         return run
 
+    def symbols(self) -> dict[Any, int]:
+        """The values of symbolic sizes in the last run."""
+        found = {}
+        for example, sizes in zip(self.example_inputs, self._sizes, strict=False):
+            for symbol, size in zip(_sizes_of(example), sizes if isinstance(sizes, tuple) else [sizes], strict=False):
+                if not is_number(symbol) and symbol.node.expr.is_symbol:
+                    found[symbol.node.expr] = int(size)
+        return found
+
     def _load(self, key: tuple[int, ...]) -> Callable[..., Any] | None:
         """The compiled code of a phase from an earlier process, where there is some."""
 
@@ -169,6 +186,10 @@ class PhaseDispatcher:
         of = {name: names[0] for names in calls.values() for name in names}
         self.losses[factors] = {name: losses[first] for name, first in of.items() if first in losses}
         return {name: counts[of[name]] for name in self.settings}
+
+
+def _sizes_of(value: Any) -> Sequence[Any]:
+    return value.shape if isinstance(value, torch.Tensor) else [value]
 
 
 @contextlib.contextmanager

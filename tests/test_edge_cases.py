@@ -196,6 +196,57 @@ def test_a_transformed_model_is_not_transformed_again():
             transformed(again, policy())
 
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("part", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.ConvTranspose2d(3, 8, 3), Functional])
+def test_parts_of_a_transformed_model_are_not_transformed_again(part):
+    """Their old policy would go on deciding, whatever the new one and its report say."""
+    model = transformed(nn.Sequential(part(), nn.ReLU()), policy())
+    for again in (model[0], nn.Sequential(*model.children(), nn.Conv2d(8, 8, 3))):
+        with pytest.raises(TransformError, match="part of a model that has been transformed already"):
+            transformed(again, policy(drop_rate=0.0))
+
+
+def test_what_torch_fx_makes_of_a_transformed_model():
+    """Its modules' convolutions stay sparse; a functional one is traced as what the model's code says."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), Functional())
+    traced = torch.fx.symbolic_trace(transformed(model, policy()))
+    assert torch.equal(traced(X), model(X))
+    grads = step(traced)
+    assert zero_rows(grads["0.weight"]) == 2  # of three, one is kept
+    assert zero_rows(grads["1.weight"]) == 0
+    first = transformed(torch.fx.symbolic_trace(model), policy())
+    assert zero_rows(step(first)["1.weight"]) == 4
+
+
+def test_the_original_of_a_transformed_model_is_compiled_under_another_policy():
+    for _ in range(3):
+        torch._dynamo.reset()
+        original = Functional()
+        copied = transformed(original, policy())
+        step(copied)
+        assert zero_rows(step(compiled(original, policy(drop_rate=0.75)))["weight"]) == 6
+        assert zero_rows(step(torch.compile(copied, backend="ssprop", options={"inner": "aot_eager"}))["weight"]) == 4
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_sharded_model_is_refused():
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = type("FSDPSequential", (FSDPModule, nn.Sequential), {"__new__": lambda cls, *args: object.__new__(cls)})
+    inner = sharded(nn.Conv2d(3, 8, 3))
+    for model in (inner, nn.Sequential(inner)):
+        with pytest.raises(TransformError, match="sharded by FSDP; call transform first"):
+            transformed(model, policy())
+
+
 def test_a_transformed_model_is_compiled_under_its_own_policy_and_no_other():
     rule = policy()
     model = transformed(nn.Sequential(nn.Conv2d(3, 8, 3)), rule)

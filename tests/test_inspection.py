@@ -697,3 +697,48 @@ def test_no_copy_of_a_compiled_model_outlives_its_inspection(first):
     finally:
         gc.enable()
     assert list(seen) == [model.conv]
+
+
+def test_a_report_of_compiled_code_is_of_the_graph_and_the_sizes_of_the_step_that_ran_last():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    policy = Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"})
+    compiled = torch.compile(model, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    x = torch.randn(4, 3, 8, 8)
+
+    def check(inputs, count=None):
+        report = ssprop_fx.inspect(compiled, inputs)
+        assert report.conv_flops["dense"] == report.measurement.conv_flops == 2 * report.conv_flops["now"]
+        assert {row.output_shape[0] for row in report.rows} == {len(inputs)}
+        return report.step_flops["now"] / len(inputs)
+
+    compiled(x).sum().backward()
+    alone = check(x)
+    compiled(x[:2]).sum().backward()  # from here on, sizes may be symbols
+    assert check(x[:3]) == check(x) == check(x[:2]) == alone
+    compiled(x.clone().requires_grad_()).sum().backward()  # a graph with one gradient more
+    assert ssprop_fx.inspect(compiled).rows[0].flops_dense == 2 * ssprop_fx.inspect(compiled, x).rows[0].flops_dense
+
+
+def test_a_layer_that_no_gradient_reaches_counts_for_nothing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.left, self.never = (nn.Conv2d(3, 4, 3) for _ in range(3))
+
+        def forward(self, x):
+            self.left(x)
+            return self.used(x)
+
+    policy = Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"})
+    report = ssprop_fx.inspect(ssprop_fx.transform(Net(), policy), torch.randn(2, 3, 8, 8))
+    assert report.conv_flops["dense"] == report.measurement.conv_flops == 15552
+    assert report.backward_flops == {"dense": 15552, "now": 7776, "mean": 7776.0}
+    assert [row.reason for row in report.rows] == ["", "no backward pass in the measured step", "no call in the measured step"]
+
+
+def test_a_part_of_a_transformed_model_is_named_as_such():
+    model = ssprop_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), turns())
+    for part in (model[0], nn.Sequential(*model.children()), torch.fx.symbolic_trace(model)):
+        with pytest.raises(SSPropError, match="parts of a transformed model"):
+            ssprop_fx.inspect(part)
