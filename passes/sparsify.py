@@ -11,7 +11,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._pytree import tree_map
 
 from ssprop_fx import ops
-from ssprop_fx.convolutions import ConvArgs, ConvSpec, output_channels
+from ssprop_fx._compat import enter_autocast, exit_autocast
+from ssprop_fx.convolutions import ConvArgs, ConvSpec, autocast_passes_over, output_channels
 from ssprop_fx.cost import is_number
 from ssprop_fx.selection import choices
 
@@ -65,7 +66,13 @@ class Sparsify(PassBase):
                 module: Any = graph_module.get_submodule(str(node.target))
                 example = _examples(module, spec)
             input, args, unbatched = _prepare(graph, spec, bound, example)
+            value = example_value(node)
+            uncast = isinstance(value, torch.Tensor) and autocast_passes_over(node.target, value.device.type)
+            if uncast:
+                entered = graph.call_function(enter_autocast, (value.device.type, None, False, None))
             new = graph.call_function(ops.conv, (input, bound["weight"], bound["bias"], *args, *arguments))
+            if uncast:
+                graph.call_function(exit_autocast, (entered,))
             if unbatched:
                 new.meta |= {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
                 new = graph.call_function(torch.squeeze, (new, 0))

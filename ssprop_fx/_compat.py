@@ -21,6 +21,9 @@ function_modes = torch._C._len_torch_function_stack
 # Whether autocast is on for any kind of device, asked as often.
 any_autocast = torch._C._is_any_autocast_enabled
 
+# What ``with torch.autocast(...)`` is in a graph.
+enter_autocast, exit_autocast = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
 
 def functorch_active() -> bool:
     """Whether ``torch.func`` (grad, vmap, …) is transforming what runs now."""

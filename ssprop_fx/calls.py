@@ -16,7 +16,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ._compat import constant_when_traced, constants_of_objects
-from .convolutions import CONVOLUTIONS, GENERAL, SPEC_OF_FUNCTION, SPEC_OF_OPERATOR, ConvSpec, bind_general, conv_kinds
+from .convolutions import (
+    CONVOLUTIONS,
+    GENERAL,
+    SPEC_OF_FUNCTION,
+    SPEC_OF_OPERATOR,
+    ConvSpec,
+    autocast_passes_over,
+    bind_general,
+    conv_kinds,
+)
 from .sites import Site, constants_of, convolve, convolve_in_graph, handled
 
 
@@ -75,6 +84,12 @@ class _Intercept(TorchFunctionMode):
             bound = spec.bind(args, kwargs or {})
         else:
             spec, bound = bind_general(args, kwargs or {}, lambda weight: weight.dim())
+        if autocast_passes_over(func, bound["input"].device.type) and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._call(spec, bound)
+        return self._call(spec, bound)
+
+    def _call(self, spec: ConvSpec, bound: dict[str, Any]) -> Any:
         nth = self.counts.get(spec.name, 0)
         self.counts[spec.name] = nth + 1
         shape, groups = bound["weight"].shape, bound["groups"]

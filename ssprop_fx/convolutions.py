@@ -200,6 +200,11 @@ def spec_of_module(module: nn.Module, linear: bool = False) -> ConvSpec | None:
     return None
 
 
+def autocast_passes_over(function: Any, device_type: str) -> bool:
+    """Whether autocast leaves a convolution function alone: on the CPU it does not know the general one."""
+    return device_type == "cpu" and function in GENERAL
+
+
 def bind_general(
     args: Sequence[Any], kwargs: Mapping[str, Any], dim_of: Callable[[Any], int]
 ) -> tuple[ConvSpec, dict[str, Any]]:

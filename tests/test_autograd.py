@@ -297,3 +297,48 @@ def test_a_padding_that_pytorch_refuses_is_refused(padding):
 
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):
         ssprop_fx.transform(Padded(), policy())(X.float())
+
+
+@pytest.mark.parametrize(
+    "activation", [lambda x: F.relu(x, inplace=True), lambda x: x.mul_(2), lambda x: F.elu(x, inplace=True)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_taylor_before_an_activation_in_place_in_compiled_code(activation, first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.second(activation(self.first(x)))
+
+    def sparse():
+        return Policy(drop_rate=0.5, round_to=1, criterion="taylor", schedule={"kind": "constant"})
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 3, 8, 8)
+    ssprop_fx.transform(model, sparse())(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager"} | ({} if first else {"policy": sparse()})
+    torch.compile(ssprop_fx.transform(model, sparse()) if first else model, backend="ssprop", options=options)(
+        x
+    ).square().sum().backward()
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, wanted)
+
+
+def test_compiled_autograd_of_one_convolution_right_behind_another():
+    torch.manual_seed(0)
+    rule = policy()
+    model, x = ssprop_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), rule), torch.randn(2, 3, 8, 8)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    forward = torch._dynamo.disable(model)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: forward(x).square().sum().backward(), backend="aot_eager")()
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, wanted)

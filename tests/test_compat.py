@@ -272,6 +272,22 @@ def test_modes_of_torch_compile_have_options():
     assert _compat.inductor_mode_options("max-autotune")["max_autotune"] is True
 
 
+def test_autocast_can_be_entered_and_left_by_calls():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mode = _compat.enter_autocast("cpu", None, False, None)
+        assert not torch.is_autocast_enabled("cpu")
+        _compat.exit_autocast(mode)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_the_format_of_an_input_gradient_is_known():
+    weight, geometry = torch.randn(8, 4, 3, 3), ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    for form in (torch.contiguous_format, torch.channels_last):
+        input = torch.randn(2, 4, 6, 6).contiguous(memory_format=form).requires_grad_()
+        assert _compat.gradient_format(input, weight, geometry) == form
+        torch.convolution(input, weight, None, *geometry).sum().backward()
+
+
 def test_autocast_of_any_device_is_seen():
     assert not _compat.any_autocast()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -196,6 +196,36 @@ def test_a_transformed_model_is_not_transformed_again():
             transformed(again, policy())
 
 
+class General(nn.Module):
+    """``torch.convolution``, which autocast passes over on the CPU."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.stem = function, nn.Conv2d(3, 3, 1)
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x):
+        x = self.stem(x).float()
+        return self.function(x, self.weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+
+
+@pytest.mark.parametrize("function", [torch.convolution, torch.ops.aten.convolution])
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+@pytest.mark.parametrize("front_end", ["transform", "backend", "both"])
+def test_the_general_function_under_autocast_is_the_models_own(front_end, factor, function):
+    torch.manual_seed(0)
+    model, rule = General(function), policy(schedule={"kind": "constant", "end": factor})
+    ours = transformed(model, rule) if front_end != "backend" else model
+    if front_end != "transform":
+        ours = compiled(ours, rule)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = model(X), ours(X)
+    assert expected.dtype == got.dtype == torch.float32
+    assert torch.equal(expected, got)
+    got.square().mean().backward()
+    assert (zero_rows(model.weight.grad), zero_rows(model.stem.weight.grad)) == ((4, 2) if factor else (0, 0))
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
