@@ -25,7 +25,7 @@ from .policy import Policy, Settings
 from .sharing import shared_copy
 from .sites import handled
 from .steps import attributes_put_back, call_model, training_step, undone
-from .transform import Transformation, transform, transformation_of
+from .transform import Transformation, transform, transformation_of, transformed_parts
 
 _FORWARD = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -170,6 +170,8 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
 
     user_model = unwrap(model)
     record = transformation_of(user_model)
+    # layers are named from the transformed part on, whatever it is in
+    place, part = next(iter(transformed_parts(user_model).items()), ("", user_model))
     counter = BackwardCounter()
     with undone(user_model):
         dense_model = _forced(user_model, 0.0)
@@ -182,7 +184,7 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
         # compiled code is that of the user's own modules
         training_step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
     everything = Counter(seen)
-    for name, module in user_model.named_modules():
+    for name, module in part.named_modules():
         if isinstance(module, nn.Linear):
             del seen[name]  # rewritten, but no convolution
     flops = counter.conv_flops, counter.flops, counter.backward_flops
@@ -190,17 +192,22 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
         layers = _measured(record, transformation_of(dense_model), everything, is_compiled(model))
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
         elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
+        hidden = Counter({_within(place, name): count for name, count in counter.hidden.items()})
         for layer in record.skipped:  # those have rows of their own
-            caller = _caller(user_model, layer)
-            counter.hidden[caller] = 0 if caller == layer else counter.hidden[caller] - 1
-        hidden = dict(+counter.hidden)
+            caller = _caller(part, layer)
+            hidden[caller] = 0 if caller == layer else hidden[caller] - 1
         reached = seen.total() - by_rule, by_rule, dict(seen)
-        return Measurement(counter.count, *reached, *flops, layers, hidden=hidden, elsewhere=elsewhere)
+        return Measurement(counter.count, *reached, *flops, layers, hidden=dict(+hidden), elsewhere=elsewhere)
     made, kinds = _made(user_model, example_inputs)
     dense_layers = _under_shared_names(user_model, seen, made)
     by_rule = sum(made[layer] for layer in dense_layers)
     missed = {n: (count - seen[n], *kinds[n]) for n, count in made.items() if count > seen[n] and n not in dense_layers}
     return Measurement(counter.count, seen.total(), by_rule, dict(seen), *flops, missed=missed)
+
+
+def _within(place: str, name: str) -> str:
+    """The name of a module of the part at ``place``, as seen from there; that of any other module as it is."""
+    return "" if name == place else name.removeprefix(f"{place}.") if place else name
 
 
 def _caller(model: nn.Module, layer: str) -> str:

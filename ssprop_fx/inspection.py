@@ -204,12 +204,13 @@ def _of_transformed(
 
     unreached = _unreached(measurement) if measurement is not None and is_compiled(model) else {}
     model = unwrap(model)
-    traced = functools.cache(lambda: capture(model, record))
+    (place, part), *_ = transformed_parts(model).items()  # layers are named from there on
+    traced = functools.cache(lambda: capture(part, record))
     in_graph = {layer for t in traced() for layer in t.layers}
     compiled = calls_of(records)
     measured = measurement.layers if measurement else {}
     layers: dict[str, Layer] = {}
-    gone, new = changed_layers(next(iter(transformed_parts(model).values())), record)
+    gone, new = changed_layers(part, record)
     for name, site in record.sites.items():
         if name in gone or name in unreached:
             continue
@@ -227,8 +228,9 @@ def _of_transformed(
     def captures() -> list[Capture]:
         if compiled_captures or example_inputs is None:
             return compiled_captures or [_traced_capture(t, layers, None) for t in traced()]
-        arguments = arguments_of(model, [t.name for t in traced()], example_inputs)
-        return [_traced_capture(t, layers, arguments.get(t.name)) for t in traced()]
+        full = {t.name: f"{place}.{t.name}".strip(".") for t in traced()}
+        arguments = arguments_of(model, list(full.values()), example_inputs)
+        return [_traced_capture(t, layers, arguments.get(full[t.name])) for t in traced()]
 
     left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
     left += [_left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]

@@ -6,6 +6,7 @@ from torch import nn
 
 import ssprop_fx
 from ssprop_fx import Policy, SSPropError, TransformError
+from ssprop_fx.dataflow import operations
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -187,6 +188,37 @@ def test_a_traced_part_stays_dense_and_is_named(front_end):
     left = {row.layer: row.reason for row in ssprop_fx.inspect(model).rows if not row.rewritten}
     assert left.keys() == {"rest.0"}
     assert "scripted" in left["rest.0"]
+
+
+class Wrapped(nn.Module):
+    """As a LightningModule holds its network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_report_of_a_wrapper_is_that_of_what_it_holds():
+    def head():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+    def put_in():
+        model = transformed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), policy())
+        model[1] = nn.Sequential(model[1], nn.Conv2d(8, 8, 1))
+        return model
+
+    linear = policy(rules=[{"kind": "linear", "drop_rate": 0.5}])
+    for net in (transformed(Partly(), policy()), put_in(), transformed(head(), linear)):
+        alone, wrapped = ssprop_fx.inspect(net, X), ssprop_fx.inspect(Wrapped(net), X)
+        assert wrapped.rows == alone.rows
+        assert wrapped.coverage == alone.coverage <= 1
+        assert wrapped.measurement.hidden == alone.measurement.hidden
+        assert [o.shape for c in wrapped.captures for o in operations(c)] == [
+            o.shape for c in alone.captures for o in operations(c)
+        ]
 
 
 def test_a_transformed_model_is_not_transformed_again():
