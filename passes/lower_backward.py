@@ -110,7 +110,7 @@ class LowerBackward(PassBase):
                 # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
                 grad = in_memory_order(grad)
             ranked = after(grad) if inductor_cpu and not is_masked(criterion) else None
-            grads = sparse_backward(
+            return sparse_backward(
                 grad,
                 input,
                 weight,
@@ -123,8 +123,6 @@ class LowerBackward(PassBase):
                 compiling=True,
                 ranked=ranked,
             )
-            # what comes after was traced for the dense gradients' layout, to which Inductor alone does not hold
-            return grads if self.decompositions else tuple(map(_laid_out, grads, node.meta["val"]))
 
         values = [_value(flat[place]) for place in places]
         with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
@@ -162,6 +160,9 @@ class LowerBackward(PassBase):
         for user in list(node.users):
             index = user.args[1]
             replacement = results[index]
+            if replacement is not None and not self.decompositions:
+                # what comes after was traced for the dense gradient's layout; Inductor alone does not hold to it
+                replacement = _laid_out(graph, replacement, user)
             if replacement is not None:
                 user.replace_all_uses_with(replacement)
             elif user.users:
@@ -170,13 +171,17 @@ class LowerBackward(PassBase):
         graph.erase_node(node)
 
 
-def _laid_out(grad: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the memory format of another one."""
-    if grad is None or like is None:
+def _laid_out(graph: torch.fx.Graph, grad: Node, like: Node) -> Node:
+    """A node with a gradient in the memory format of another one."""
+    value = like.meta["val"]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim(), torch.contiguous_format)
+    form = torch.contiguous_format if value.is_contiguous() else last
+    if grad.meta["val"].is_contiguous(memory_format=form):
         return grad
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    is_last = like.dim() in formats and not like.is_contiguous() and like.is_contiguous(memory_format=formats[like.dim()])
-    return grad.contiguous(memory_format=formats[like.dim()] if is_last else torch.contiguous_format)
+    with graph.inserting_before(like):
+        new = graph.call_function(torch.ops.aten.clone.default, (grad,), {"memory_format": form})
+    new.meta = {**grad.meta, "val": value}
+    return new
 
 
 def _value(arg: Any) -> Any:

@@ -198,22 +198,27 @@ def _nearest(wanted: float, channels: int, further: int = 0) -> list[int]:
 def _balanced(
     demands: Sequence[Demand], options: Mapping[str, list[int]], error: Callable[[str, int], float], allowed: float
 ) -> dict[str, int]:
-    """Counts out of ``options`` whose errors sum up to the least: layer by layer, the best sums so far carried on.
+    """Counts out of ``options`` whose errors sum up to what is allowed, as near to each layer's own share as can be.
 
-    Of sums that are as good as equal one is carried on, and in all 512, those that the layers to come can best make up for:
-    up to nine layers of two options it is every combination.
+    Layer by layer the sums so far are carried on: of those that are as good as equal one, and in all 512, those that the
+    layers to come can best make up for. Up to nine layers of two options that is every combination.
     """
     errors = [[error(d.layer, c) for c in options[d.layer]] for d in demands]
     to_come = sum((min(e) + max(e)) / 2 for e in errors)
-    sums: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    sums: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]  # off, shares off in all, counts
     for d, of_layer in zip(demands, errors, strict=True):
         to_come -= (min(of_layer) + max(of_layer)) / 2
-        found: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for off, counts in sums:
+        found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for off, shares, counts in sums:
             for c, e in zip(options[d.layer], of_layer, strict=True):
-                found.setdefault(round((off + e) / allowed * 256), (off + e, (*counts, c)))
+                new = (off + e, shares + abs(e) / max(d.flops, 1), (*counts, c))
+                bucket = round(new[0] / allowed * 256)
+                if bucket not in found or new[1] < found[bucket][1]:
+                    found[bucket] = new
         sums = sorted(found.values(), key=lambda item: abs(item[0] + to_come))[:512]
-    return dict(zip((d.layer for d in demands), min(sums, key=lambda item: abs(item[0]))[1], strict=True))
+    good = [item for item in sums if abs(item[0]) <= allowed]
+    best = min(good, key=lambda item: item[1]) if good else min(sums, key=lambda item: abs(item[0]))
+    return dict(zip((d.layer for d in demands), best[2], strict=True))
 
 
 def _improve(off, options: Mapping[str, list[int]], count: dict[str, int], error, allowed: float) -> float:

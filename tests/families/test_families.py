@@ -200,7 +200,9 @@ def test_spherical_normative_model_with_sparse_linear_filter():
     net = networks.SphereDenoiser()
     noise = torch.randn(3, 1, 42)
     inputs = (noise + 0.5, torch.rand(3, 1), torch.tensor([0, 1, 2]))
-    model = ssprop_fx.transform(net, policy(0.5, rules=[{"layers": "first.filter", "kind": "linear", "drop_rate": 0.5}]))
+    model = ssprop_fx.transform(
+        net, policy(0.5, rules=[{"layers": "first.filter", "kind": "linear", "drop_rate": 0.5, "round_to": 1}])
+    )
     mse(noise)(model(*inputs)).backward()
     assert int((net.first.filter.weight.grad.abs().sum(1) == 0).sum()) == 8
     assert_falls(losses(model, inputs, mse(noise)))
