@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# without a worker anew: after a crash, xdist would wait for ever for what was left of the file
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0
 
 .PHONY: demo test test-all lint format docs clean
 .SECONDARY:

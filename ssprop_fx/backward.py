@@ -142,9 +142,9 @@ def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
 def _overruns(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     """Whether the library could write past the end of a 1×1 convolution's weight gradient.
 
-    oneDNN, as in PyTorch 2.15, does so for stride 2 over channels-last data of fewer than 16 channels if few outputs are
-    asked for. A model whose own layer is like that is at its mercy; one of many outputs must not come to be by having some
-    of them dropped.
+    oneDNN, as in PyTorch 2.15, does so for stride 2 over channels-last data of fewer than 16 channels: on processors with
+    AVX-512 if few outputs are asked for, on those without for any number of them. A model whose own layer is like that is
+    at its mercy; one of many outputs must not come to be by having some of them dropped.
     """
     return input.device.type == "cpu" and weight.shape[1] < 16 and any(s > 1 for s in args.stride)
 

@@ -24,7 +24,7 @@ from .inspection import inspect
 from .policy import Policy
 from .report import Report
 from .steps import call_model, scalar_loss
-from .timing import Ratio, ratio, synchronize, take_turns, timed
+from .timing import Ratio, processor, ratio, synchronize, take_turns, timed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class BenchResult:
     def __str__(self) -> str:
         s = self.setting
         head = f"{self.model}, drop rate {s['policy']['drop_rate']:g}, PyTorch {s['torch']}, {s['device']}"
-        head += f", {s['threads']} threads" if s["device"] == "cpu" else ""
+        head += f" ({s['processor']}), {s['threads']} threads" if s["device"] == "cpu" else ""
         names = ("arm", "forward", "backward", "step", "of", "ratio (quartiles)", "ceiling", "captured", "peak", "first step")
         rows: list[tuple[str, ...]] = [names]
         for name, arm in self.arms.items():
@@ -171,8 +171,9 @@ def bench(
             run.peak_bytes() if memory else None, ceiling, captured,
         )  # fmt: skip
     setting = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": rounds, "policy": policy.to_dict(),
-        "device": str(next(model.parameters()).device), "amp": str(amp).removeprefix("torch.") if amp else None,
+        "torch": torch.__version__, "processor": processor(), "threads": torch.get_num_threads(), "rounds": rounds,
+        "policy": policy.to_dict(), "device": str(next(model.parameters()).device),
+        "amp": str(amp).removeprefix("torch.") if amp else None,
     }  # fmt: skip
     return BenchResult(type(model).__name__, setting, results, times)
 

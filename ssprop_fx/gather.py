@@ -29,7 +29,7 @@ def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Te
 def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: bool = False) -> Tensor:
     """The inverse of :func:`take`: a tensor of ``like``'s shape and layout with ``values`` at ``index``, else zero."""
     if not compiling:
-        return torch.zeros_like(like, dtype=values.dtype).index_copy_(dim, index, values)
+        return _spread(values, dim, index, like)
     # the axes are taken in the order of memory, or the compiler would make a contiguous tensor and copy it
     strides, operator = like.stride(), operators.wanted(values, compiling)
     order = sorted(range(like.dim()), key=lambda d: (-strides[d], d))
@@ -74,6 +74,16 @@ def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     if dim == 0:
         return _select(last, 0, index).permute(back)
     return _select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], *index.shape).permute(back)
+
+
+def _spread(values: Tensor, dim: int, index: Tensor, like: Tensor) -> Tensor:
+    if dim == 1 and like.dim() > 2 and channels_last(like):  # of a matrix's columns, PyTorch's scatter is twice as fast
+        *sizes, channels = (like.shape[0], *like.shape[2:], like.shape[1])
+        last = (0, *range(2, like.dim()), 1)
+        rows = values.permute(last).reshape(-1, index.shape[0])
+        result = rows.new_zeros((rows.shape[0], channels)).scatter_(1, index.expand(rows.shape[0], -1), rows)
+        return result.view(*sizes, channels).permute(0, like.dim() - 1, *range(1, like.dim() - 1))
+    return torch.zeros_like(like, dtype=values.dtype).index_copy_(dim, index, values)
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .cost import Call
 from .files import write_json
 from .masking import is_masked
 from .selection import AUTO, Demand, keep_count, plan_counts
-from .timing import take_turns
+from .timing import processor, take_turns
 
 logger = logging.getLogger(__name__)
 
@@ -163,14 +163,8 @@ def folder() -> Path:
 
 @functools.cache
 def _machine() -> str:
-    processor = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line for line in lines if line.startswith("model name")), processor)
-    except OSError:
-        pass
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return f"{platform.machine()} {processor} {accelerator} {torch.__version__}"
+    return f"{platform.machine()} {processor()} {accelerator} {torch.__version__}"
 
 
 def _path() -> Path:

@@ -5,11 +5,14 @@ The noise of a machine hits all of them, and a ratio is taken within a round, be
 
 from __future__ import annotations
 
+import functools
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,3 +91,15 @@ def synchronize() -> None:
     """Wait for the accelerator, where there is one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name, as the system gives it, and the vector instructions that PyTorch uses of it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import zoo
-from zoo import evaluate, pickles, policy, run_step
+from zoo import evaluate, in_double, pickles, policy, run_step
 
 import ssprop_fx
 
@@ -122,15 +122,17 @@ def test_copies_are_sparse_and_independent(case):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_transform_covers_everything_with_eager_gradients(development):
-    model = development.transformed(round_to=1)
-    eager = run_step(model, development.arguments)
+    # in double precision: batch norms over few values turn the last bits of single precision into per cents of a gradient
+    arguments = in_double(development.arguments)
+    model = ssprop_fx.transform(development.model.build().double(), policy(0.8, round_to=1))
+    eager = run_step(model, arguments)
     compiled = torch.compile(model, backend="ssprop", options={"inner": "aot_eager"}, dynamic=False)
-    step = run_step(compiled, development.arguments)
+    step = run_step(compiled, arguments)
     assert step.grads.keys() == {f"_orig_mod.{name}" for name in eager.grads}
     for name, grad in eager.grads.items():
         error = (step.grads[f"_orig_mod.{name}"] - grad).norm()
-        assert error <= 1e-3 * grad.norm() + 1e-6, f"{name} is off by {error / grad.norm():.2g}"
-    report = ssprop_fx.inspect(compiled, development.arguments)
+        assert error <= 1e-7 * grad.norm() + 1e-12, f"{name} is off by {error / grad.norm():.2g}"
+    report = ssprop_fx.inspect(compiled, arguments)
     assert report.coverage == 1.0
     assert all(row.rewritten for row in report.rows)
 

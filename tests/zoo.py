@@ -275,13 +275,22 @@ def run_step(model: nn.Module, arguments: tuple | dict, seed: int = 0) -> Step:
     model.zero_grad()
     result = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
     outputs = [t for t in tensors_of(result) if t.is_floating_point() and t.requires_grad]
-    torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    torch.stack([t.double().square().mean() for t in outputs]).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with torch.no_grad():
         for tensor, value in kept:
             tensor.copy_(value)
     return Step([t.detach().clone() for t in outputs], grads)
+
+
+def in_double(value: Any) -> Any:
+    """Tensors in double precision, alone, in tuples and lists, or in dicts; what is no floating-point tensor as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: in_double(item) for key, item in value.items()}
+    return type(value)(map(in_double, value)) if isinstance(value, tuple | list) else value
 
 
 def evaluate(model: nn.Module, arguments: tuple, seed: int = 0) -> list[Tensor]:
