@@ -32,6 +32,8 @@ ARMS = ("dense", "ssprop")
 
 def first_steps(arm: str, model: str, batch: int | None, size: int | None) -> float:
     """Seconds of the first step of each phase, in this process."""
+    import torch._inductor.compile_fx  # torch.compile imports it at once for its own backend, for another one in the first step
+
     module, inputs = build(model, batch, size)
     policy = Policy(drop_rate=0.8, schedule={"kind": "bar", "period": 2})
     run = torch.compile(module) if arm == "dense" else torch.compile(module, backend="ssprop", options={"policy": policy})

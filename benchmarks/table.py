@@ -1,6 +1,6 @@
 """The table of docs/performance.md, in Markdown, from the JSON files that benchmarks/step.py wrote.
 
-python benchmarks/table.py benchmarks/results/*.json
+python benchmarks/table.py benchmarks/results/avx2/*.json
 """
 
 from __future__ import annotations
