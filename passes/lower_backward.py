@@ -16,11 +16,10 @@ from ssprop_fx._compat import fake_mode_of, in_memory_order
 from ssprop_fx.backward import sparse_backward
 from ssprop_fx.convolutions import ConvArgs, output_channels
 from ssprop_fx.cost import Call, as_number
-from ssprop_fx.gather import after, channels_last
-from ssprop_fx.masking import is_masked
+from ssprop_fx.gather import channels_last
 from ssprop_fx.selection import Demand, choices
 
-from ._graphs import graphs_within
+from ._graphs import graphs_within, has_static_shape
 
 
 def backward_nodes(graph_module: GraphModule) -> dict[str, tuple[Node, int]]:
@@ -69,6 +68,7 @@ class LowerBackward(PassBase):
     ) -> None:
         super().__init__()
         self.keep, self.decompositions = keep, dict(decompositions or {})
+        self._traced: dict[Any, GraphModule] = {}  # of layers that are alike: a network repeats its blocks
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changed = set()
@@ -90,11 +90,10 @@ class LowerBackward(PassBase):
             raise AssertionError(f"not lowered: {', '.join(left)}")
 
     def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
-
         # tensors, and whatever of the geometry is a symbolic size
         flat, structure = tree_flatten(list(node.args[:10]))
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Node)]
+        values = [_value(flat[place]) for place in places]
         grad, weight, mask = _value(node.args[0]), _value(node.args[2]), node.args[10]
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
         args = ConvArgs(*tree_map(_value, node.args[4:10]))
@@ -109,7 +108,6 @@ class LowerBackward(PassBase):
             if inductor_cpu and channels_last(grad):
                 # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
                 grad = in_memory_order(grad)
-            ranked = after(grad) if inductor_cpu and not is_masked(criterion) else None
             return sparse_backward(
                 grad,
                 input,
@@ -121,13 +119,30 @@ class LowerBackward(PassBase):
                 criterion,
                 gradients,
                 compiling=True,
-                ranked=ranked,
+                apart=inductor_cpu,
             )
 
-        values = [_value(flat[place]) for place in places]
-        with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
-            traced = make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(*values)
+        rest = [None if isinstance(leaf, Node) else leaf for leaf in flat]
+        settings = (*rest, str(structure), *mask, keep, criterion, gradients)
+        traced = self._trace(backward, values, settings)
         self._splice(graph_module, node, traced, [flat[place] for place in places], layer)
+
+    def _trace(self, backward: Callable[..., Any], values: list[Any], settings: tuple) -> GraphModule:
+        """The graph of ``backward`` at ``values``; of calls that are alike in both and in ``settings`` the first one's."""
+        from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
+
+        def new() -> GraphModule:
+            with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
+                return make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(*values)
+
+        if not all(isinstance(value, torch.Tensor) and has_static_shape(value) for value in values):
+            return new()
+        # a tensor that comes twice, say as its own kernel, is traced as one
+        same = [[id(value) for value in values].index(id(value)) for value in values]
+        key = (settings, *same, *((v.dtype, v.device, tuple(v.shape), v.stride()) for v in values))
+        if key not in self._traced:
+            self._traced[key] = new()
+        return self._traced[key]
 
     def _splice(self, graph_module, node, traced, inputs, layer) -> None:
         graph = graph_module.graph

@@ -17,7 +17,7 @@ from .convolutions import ConvArgs
 from .gather import between_zeros, channels_last, spread, take
 from .masking import is_masked, masked
 from .products import product_of_columns
-from .selection import choices, importance, kept_channels
+from .selection import choices, compiled_importance, importance, kept_channels
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -44,7 +44,7 @@ def sparse_backward(
     criterion: str,
     gradients: str = "all",
     compiling: bool = False,
-    ranked: Tensor | None = None,
+    apart: bool = False,
 ) -> Gradients:
     """Gradients of a convolution from its ``keep`` most important output channels.
 
@@ -59,7 +59,7 @@ def sparse_backward(
         criterion: see :func:`ssprop_fx.selection.importance`; or a ranking of other units, :mod:`ssprop_fx.masking`.
         gradients: ``all``, or ``weight`` to leave the input's gradient dense.
         compiling: write what a fusing compiler runs best instead of what eager mode does.
-        ranked: equal to ``grad``, to be read for the channels' importance in its place.
+        apart: keep the channels' importance out of the kernels that a compiler writes the gradients in.
 
     Returns:
         The gradients of input, weight and bias, None where not asked for.
@@ -84,7 +84,7 @@ def sparse_backward(
 
     whole_groups = channels == groups
     with torch.no_grad():
-        score = importance(grad if ranked is None else ranked, output, criterion, sliced=not compiling)
+        score = compiled_importance(grad, output, criterion, apart) if compiling else importance(grad, output, criterion)
         index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
     picked = index
     if whole_groups and keep == 1 and grad.device.type == "cpu":

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import operators
+from .gather import after
 
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
-# temporary of G's size is made.
+# temporary of G's size is made. Up to twice as many are one slice.
 _SLICE = 1 << 18
 
 AUTO = 0  # `round_to: auto` where an operator argument has to be a whole number
@@ -47,6 +48,18 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     raise ValueError(f"unknown criterion {criterion!r}: expected l1, l2, taylor or random")
 
 
+def compiled_importance(grad: Tensor, output: Tensor | None, criterion: str, apart: bool = False) -> Tensor:
+    """:func:`importance` as a fusing compiler runs it best: generated code; on the CPU for little data an operator.
+
+    Args:
+        apart: the generated code is to be kept out of the kernel that writes the gradient.
+    """
+    size = grad.numel()  # one that is a symbol must not be asked, or is that of one size
+    if isinstance(size, int) and size <= 2 * _SLICE and criterion != "random" and operators.wanted(grad, True):
+        return _importance_operator(grad, output, criterion)
+    return importance(after(grad) if apart else grad, output, criterion, sliced=False)
+
+
 def _sum(summed: Callable[..., Tensor], sliced: bool, *tensors: Tensor) -> Tensor:
     """What ``summed`` makes of tensors (N, K, *spatial), (K,), slice by slice of the batch, or of one sample's space."""
     shape, size = tensors[0].shape, tensors[0].numel()
@@ -58,6 +71,16 @@ def _sum(summed: Callable[..., Tensor], sliced: bool, *tensors: Tensor) -> Tenso
     for part in parts:
         total += summed(*part)
     return total
+
+
+def _importance_fake(grad: Tensor, output: Tensor | None, criterion: str) -> Tensor:
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.new_empty((grad.shape[1],), dtype=dtype)
+
+
+_importance_operator = operators.define(
+    "importance(Tensor grad, Tensor? output, str criterion) -> Tensor", importance, _importance_fake
+)
 
 
 def kept_channels(score: Tensor, groups: int, keep: int, compiling: bool = False) -> Tensor:

@@ -352,6 +352,32 @@ def test_lowering_to_all_channels_is_the_dense_backward(form):
     assert all(torch.equal(a, b) for a, b in zip(graph(*given), dense(*given), strict=True))
 
 
+def test_layers_that_are_alike_are_lowered_once_and_no_others():
+    """The graph of one may stand for another only if the same arguments are the same tensors."""
+    args = CONVOLUTIONS["conv2d"].prepare(torch.ones(4, 4, 3, 3), torch.ones(4, 4, 3, 3), padding=1).args
+    calls = [("a", "b", "l1"), ("b", "b", "l1"), ("a", "b", "l1"), ("b", "a", "l1"), ("a", "a", "l1"), ("a", "b", "l2")]
+    torch.manual_seed(0)
+    given = torch.randn(3, 4, 4, 3, 3).unbind()
+
+    def function(grad, a, b):
+        found = []
+        for input, weight, criterion in calls:
+            settings = 0.5, criterion, 1, "all"
+            values = {"a": a, "b": b}
+            found += ops.conv_backward(
+                grad, values[input], values[weight], None, *args, [True, True, False], "stem", *settings, ""
+            )[:2]
+        return found
+
+    graph = make_fx(function, tracing_mode="fake")(*given)
+    expected = graph(*given)
+    lower = LowerBackward(dict.fromkeys(lowering_demands(graph), 2))
+    lower(graph)
+    assert len(lower._traced) == 3  # two tensors, one tensor, another criterion
+    for got, want in zip(graph(*given), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_lowered_nodes_keep_metadata_and_layer_name():
     graph, _, _ = backward_graph()
     ((name, (node, _)),) = backward_nodes(graph).items()

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import CRITERIA, generated
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ssprop_fx.selection import (
     Demand,
     choices,
+    compiled_importance,
     fast_granule,
     importance,
     keep_count,
@@ -216,6 +218,34 @@ def test_slices_add_up_to_the_whole(rows):
     grad = torch.randn(rows, 8, 130, 140, dtype=torch.float64)
     whole, sliced = importance(grad, None, "l1", sliced=False), importance(grad, None, "l1", sliced=True)
     torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("apart", [False, True])
+def test_compiled_importance_is_an_operator_where_there_is_little_to_sum(criterion, apart):
+    """The kernel that a compiler would generate takes a second to compile, and runs no faster."""
+    for rows, tracing, little in ((2, "real", True), (70, "real", False), (2, "symbolic", False)):
+        grad, output = gradient(torch.float64, (rows, 64, 12, 13))
+
+        def score(grad, output):
+            return compiled_importance(grad, output if criterion == "taylor" else None, criterion, apart)
+
+        traced = make_fx(score, tracing_mode=tracing)(grad, output)
+        operators = [n.target for n in traced.graph.nodes if getattr(n.target, "namespace", "") == "ssprop"]
+        assert (torch.ops.ssprop.importance.default in operators) == (little and criterion != "random")
+        assert (torch.ops.ssprop.one_after.default in operators) == (apart and not (little and criterion != "random"))
+        if criterion != "random":
+            expected = importance(grad, output, criterion)
+            torch.testing.assert_close(traced(grad, output), expected, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor"])
+def test_the_importance_operator_is_as_declared(criterion, dtype):
+    grad, output = gradient(dtype)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    given = grad, output if criterion == "taylor" else None, criterion
+    torch.library.opcheck(torch.ops.ssprop.importance, given, test_utils=tests)
 
 
 def test_random_gives_each_channel_its_chance():
