@@ -68,13 +68,13 @@ class LowerBackward(PassBase):
     ) -> None:
         super().__init__()
         self.keep, self.decompositions = keep, dict(decompositions or {})
-        self._traced: dict[Any, GraphModule] = {}  # of layers that are alike: a network repeats its blocks
 
     def call(self, graph_module: GraphModule) -> PassResult:
         changed = set()
+        traced: dict[str, GraphModule] = {}  # by what layers that are alike have in common: a network repeats its blocks
         for name, (node, _) in backward_nodes(graph_module).items():
             path = name.rpartition(".")[0]
-            self._lower(graph_module.get_submodule(path), node, self.keep[name])
+            self._lower(graph_module.get_submodule(path), node, self.keep[name], traced)
             changed.add(path)
         # the outer graphs last: their code refers to the inner ones
         for path in sorted(changed, reverse=True):
@@ -89,7 +89,9 @@ class LowerBackward(PassBase):
         if left:
             raise AssertionError(f"not lowered: {', '.join(left)}")
 
-    def _lower(self, graph_module: GraphModule, node: Node, keep: int) -> None:
+    def _lower(self, graph_module: GraphModule, node: Node, keep: int, traced: dict[str, GraphModule]) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
+
         # tensors, and whatever of the geometry is a symbolic size
         flat, structure = tree_flatten(list(node.args[:10]))
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Node)]
@@ -122,27 +124,21 @@ class LowerBackward(PassBase):
                 apart=inductor_cpu,
             )
 
-        rest = [None if isinstance(leaf, Node) else leaf for leaf in flat]
-        settings = (*rest, str(structure), *mask, keep, criterion, gradients)
-        traced = self._trace(backward, values, settings)
-        self._splice(graph_module, node, traced, [flat[place] for place in places], layer)
-
-    def _trace(self, backward: Callable[..., Any], values: list[Any], settings: tuple) -> GraphModule:
-        """The graph of ``backward`` at ``values``; of calls that are alike in both and in ``settings`` the first one's."""
-        from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy, which takes a second to import
-
-        def new() -> GraphModule:
+        def trace() -> GraphModule:
             with fake_mode_of(values) or torch.no_grad(), torch.no_grad():
                 return make_fx(backward, self.decompositions, tracing_mode="real", pre_dispatch=False)(*values)
 
-        if not all(isinstance(value, torch.Tensor) and has_static_shape(value) for value in values):
-            return new()
-        # a tensor that comes twice, say as its own kernel, is traced as one
-        same = [[id(value) for value in values].index(id(value)) for value in values]
-        key = (settings, *same, *((v.dtype, v.device, tuple(v.shape), v.stride()) for v in values))
-        if key not in self._traced:
-            self._traced[key] = new()
-        return self._traced[key]
+        if all(isinstance(value, torch.Tensor) and has_static_shape(value) for value in values):
+            # a tensor that comes twice, say as its own kernel, has one description: it is traced as one
+            tensors = {id(v): (at, v.dtype, v.device, v.shape, v.stride()) for at, v in enumerate(values)}
+            given = [tensors[id(_value(leaf))] if isinstance(leaf, Node) else leaf for leaf in flat]
+            key = repr((given, structure, mask, keep, criterion, gradients))
+            if key not in traced:
+                traced[key] = trace()
+            lowered = traced[key]
+        else:
+            lowered = trace()
+        self._splice(graph_module, node, lowered, [flat[place] for place in places], layer)
 
     def _splice(self, graph_module, node, traced, inputs, layer) -> None:
         graph = graph_module.graph

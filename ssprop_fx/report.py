@@ -18,7 +18,7 @@ from .dataflow import Capture, operations, to_networkx
 from .errors import SSPropError, nearest
 from .masking import is_masked
 from .policy import Policy
-from .rows import DENSE_STEP, HEADER, KEEPS_ALL, LOSES, NUMBERS, Phase, Plan, Row, cells, of_a_step
+from .rows import DENSE_STEP, KEEPS_ALL, LOSES, Phase, Plan, Row, markdown_table, of_a_step, text_table
 
 if TYPE_CHECKING:
     import networkx
@@ -324,10 +324,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """The summary and the table, for a pull request or a log book."""
-        line = "| {} |".format
-        table = [line(" | ".join(row)) for row in (HEADER, *map(cells, self.rows))]
-        table.insert(1, line(" | ".join("---:" if c in NUMBERS else "---" for c in HEADER)))
-        return "\n".join([f"- {text}" for text in self.summary().splitlines()] + ["", *table]) + "\n"
+        return "\n".join([f"- {text}" for text in self.summary().splitlines()] + ["", *markdown_table(self.rows)]) + "\n"
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``, indexed by layer.
@@ -359,16 +356,7 @@ class Report:
         return text
 
     def __str__(self) -> str:
-        table = [HEADER, *map(cells, self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-        lines = [
-            "  ".join(
-                c.rjust(w) if name in NUMBERS else c.ljust(w) for name, c, w in zip(HEADER, line, widths, strict=True)
-            ).rstrip()
-            for line in table
-        ]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([self.summary(), "", *lines])
+        return "\n".join([self.summary(), "", *text_table(self.rows)])
 
     __repr__ = __str__
 
@@ -402,4 +390,4 @@ def _saved(flops: Mapping[str, float], unit: str = "") -> str:
     return f"{now:.4g} of {dense:.4g}{unit}, {saved}"
 
 
-__all__ = ["HEADER", "NUMBERS", "Phase", "Plan", "Report", "Row", "cells"]
+__all__ = ["Phase", "Plan", "Report", "Row"]

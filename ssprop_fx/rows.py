@@ -1,8 +1,8 @@
-"""What a report is made of: a row per convolution, a phase per factor, and the text of a row."""
+"""What a report is made of: a row per convolution, a phase per factor, and the tables of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,3 +112,25 @@ def cells(row: Row) -> tuple[str, ...]:
         row.rule,
         row.reason,
     )
+
+
+def text_table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table for a terminal."""
+    table = [HEADER, *map(cells, rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
+    lines = [
+        "  ".join(
+            c.rjust(w) if name in NUMBERS else c.ljust(w) for name, c, w in zip(HEADER, line, widths, strict=True)
+        ).rstrip()
+        for line in table
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return lines
+
+
+def markdown_table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table in Markdown."""
+    line = "| {} |".format
+    table = [line(" | ".join(row)) for row in (HEADER, *map(cells, rows))]
+    table.insert(1, line(" | ".join("---:" if c in NUMBERS else "---" for c in HEADER)))
+    return table

@@ -32,7 +32,7 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     Returns:
         (K,), at least float32. Only its order has a meaning.
     """
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    dtype = _score_dtype(grad)
     dims = [d for d in range(grad.dim()) if d != 1]
     if criterion == "l1":
         return _sum(lambda g: g.abs().sum(dims, dtype=dtype), sliced, grad)
@@ -50,6 +50,8 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
 
 def compiled_importance(grad: Tensor, output: Tensor | None, criterion: str, apart: bool = False) -> Tensor:
     """:func:`importance` as a fusing compiler runs it best: generated code; on the CPU for little data an operator.
+
+    The compiler has random numbers of its own: ``random`` is left to it.
 
     Args:
         apart: the generated code is to be kept out of the kernel that writes the gradient.
@@ -73,9 +75,12 @@ def _sum(summed: Callable[..., Tensor], sliced: bool, *tensors: Tensor) -> Tenso
     return total
 
 
+def _score_dtype(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
 def _importance_fake(grad: Tensor, output: Tensor | None, criterion: str) -> Tensor:
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.new_empty((grad.shape[1],), dtype=dtype)
+    return grad.new_empty((grad.shape[1],), dtype=_score_dtype(grad))
 
 
 _importance_operator = operators.define(

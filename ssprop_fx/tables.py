@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .demo import Result
-from .report import HEADER, NUMBERS, Report, cells
+from .report import Report
+from .rows import HEADER, NUMBERS, cells
 
 
 def report_table(report: Report) -> Table:
