@@ -9,12 +9,10 @@ the schedule comes to, the first time it comes to it.
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,11 +32,11 @@ from ._compat import (
     keep_saved_tensors,
     make_boxed,
 )
-from .allocation import Allocation, allocation_for
+from .allocation import allocation_for
 from .convolutions import LINEAR, ConvArgs, run
 from .errors import SSPropError
 from .logs import graph_rewritten
-from .naming import GraphNames, ModuleIndex
+from .naming import GraphNames, module_index
 from .options import check_names, default_policy, policy_for
 from .passes import (
     Decision,
@@ -51,130 +49,14 @@ from .passes._graphs import graphs_within
 from .passes.lower_backward import backward_nodes
 from .passes.sparsify import fix_choices
 from .passes.verify import rewritten_layers
-from .phases import LazyGraphs, PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
-from .policy import Policy, Settings
+from .phases import PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
+from .policy import Policy
+from .records import CompiledState, GraphRecord, state_of
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
-from .transform import assign_checked, transformation_of
+from .survey import assign_checked
+from .transform import transformation_of
 
 _INNER = ("inductor", "aot_eager", "eager")
-
-
-@dataclass
-class GraphRecord:
-    """What the backend did to one Dynamo graph, for reports and tests.
-
-    Attributes:
-        captured: the graph as Dynamo handed it over, before any pass.
-        rewritten: after the passes.
-        decisions: one per convolution, in the graph's order.
-        roots: the models that the graph's modules belong to.
-        graphs: ``forward`` and ``backward``, once the compiler behind got them; see the properties of these names.
-        lowered: kept counts by node of a phase → the backward graph as lowered for it.
-        compile_id: Dynamo's, ``0/1``.
-        index: number of the graph among those of its policy.
-        number: running number of the graph in this process.
-        forward_compiles: how often the forward was compiled.
-        seconds: compile times, ``forward`` and one entry per phase.
-        shared: the further modules that the code has run for.
-        ran: the graph whose backward pass was run last has the largest.
-    """
-
-    captured: GraphModule
-    rewritten: GraphModule
-    decisions: list[Decision]
-    roots: list[weakref.ref]
-    shared: SharedCode
-    graphs: LazyGraphs = field(default_factory=LazyGraphs)
-    lowered: LazyGraphs = field(default_factory=LazyGraphs)
-    phases: dict[tuple[float, ...], tuple[int, ...]] = field(default_factory=dict)
-    forward_compiles: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    dispatcher: PhaseDispatcher | None = None
-    compile_id: Any = None
-    index: int = 0
-    ran: int = -1
-    number: int = field(default_factory=itertools.count().__next__)
-
-    @property
-    def forward(self) -> GraphModule | None:
-        """The forward graph that the compiler behind got; None before it did."""
-        return self.graphs.get("forward")
-
-    @property
-    def backward(self) -> GraphModule | None:
-        """The backward graph, with its ``ssprop.conv_backward`` nodes; None before the first backward pass."""
-        return self.graphs.get("backward")
-
-    @property
-    def frame(self) -> str:
-        """Dynamo's number of the code that was captured; a recompilation of it has the same."""
-        return str(self.compile_id).split("/")[0] if self.compile_id is not None else ""
-
-    def layers(self) -> set[str]:
-        """The layers with a convolution in the graph."""
-        return {d.convolution.layer for d in self.decisions}
-
-    @property
-    def alive(self) -> bool:
-        """Whether any model is left whose modules the graph has, or has run for."""
-        refs = [*self.roots, *(i.root for i in self.shared.instances)]
-        return not refs or any(ref() is not None for ref in refs)
-
-    def serves(self, root: torch.nn.Module) -> bool:
-        """Whether the graph has modules of the model ``root``, or has run for some."""
-        return any(ref() is root for ref in (*self.roots, *(i.root for i in self.shared.instances)))
-
-    def names_of(self, decision: Decision, root: torch.nn.Module) -> Iterator[tuple[str, Settings]]:
-        """The layers of the model ``root`` that the decision's convolution stands for, with their settings."""
-        if any(ref() is root for ref in self.roots):
-            yield decision.convolution.layer, decision.settings
-        yield from self.shared.names_of(decision.convolution.layer, root)
-
-    def stages(self) -> dict[str, GraphModule]:
-        """The graphs by stage, in the order in which they were made."""
-        found = {"captured": self.captured, "rewritten": self.rewritten}
-        found |= {name: self.graphs[name] for name in ("forward", "backward") if name in self.graphs}
-        # phases of equal counts share a graph
-        phases = {", ".join(f"{f:g}" for f in factors): counts for factors, counts in self.phases.items()}
-        return found | {f"backward, factor {name}": self.lowered[c] for name, c in phases.items() if c in self.lowered}
-
-    @property
-    def backward_compiles(self) -> int:
-        """How many backward graphs were compiled, one per phase that was met."""
-        return len(self.lowered)
-
-
-class CompiledState:
-    """What the backend knows of one policy: its allocation, and a record per graph."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.allocation = Allocation(policy)
-        self.records: list[GraphRecord] = []
-        self.checked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-
-
-_policies: weakref.WeakSet[Policy] = weakref.WeakSet()  # those with a state, which refers to its policy and lies in it
-_index = ModuleIndex()
-_lock = threading.RLock()
-
-
-def state_of(policy: Policy) -> CompiledState:
-    """The backend's state for a policy, made on first use."""
-    with _lock:
-        if policy.compiled is None:
-            policy.compiled = CompiledState(policy)
-            _policies.add(policy)
-        return policy.compiled
-
-
-def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
-    """The graphs that the backend compiled for a model, oldest first, with the policy of each.
-
-    Where the model was compiled more than once, those of the newest policy.
-    """
-    found = [(p, record) for p in list(_policies) for record in state_of(p).records if record.serves(model)]
-    found.sort(key=lambda pair: pair[1].number)
-    return [pair for pair in found if pair[0] is found[-1][0]]
 
 
 def ssprop(
@@ -256,8 +138,8 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
         policy: as in the options; None is that of a model which ``transform`` has rewritten, else the default policy.
     """
     ops.register_flop_formulas()
-    _index.scan()
-    names = GraphNames(_index, graph_module)
+    module_index.scan()
+    names = GraphNames(module_index, graph_module)
     # a checkpointed block or a compiled region is a graph inside the graph
     inside = graphs_within(graph_module).values()
     graphs = [graph for graph, _ in inside]
@@ -372,4 +254,4 @@ def _inner_compile(
     return StoredCode(record, compiled, lambda: graph, backward)
 
 
-__all__ = ["CompiledState", "GraphRecord", "PhaseDispatcher", "records_of", "rewrite", "ssprop", "state_of"]
+__all__ = ["rewrite", "ssprop"]

@@ -26,7 +26,8 @@ from .convolutions import (
     bind_general,
     conv_kinds,
 )
-from .sites import Site, constants_of, convolve, convolve_in_graph, handled
+from .functions import handled
+from .sites import Site, constants_of, convolve, convolve_in_graph
 
 
 class CallSites:

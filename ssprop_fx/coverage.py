@@ -21,9 +21,9 @@ from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
 from .errors import TransformError
+from .functions import handled
 from .policy import Policy, Settings
 from .sharing import shared_copy
-from .sites import handled
 from .steps import attributes_put_back, call_model, training_step, undone
 from .transform import Transformation, transform, transformation_of, transformed_parts
 
@@ -233,7 +233,7 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
 
 def _under_shared_names(user_model: nn.Module, seen: Counter[str], made: Counter[str]) -> set[str]:
     """Names of the layers that a rule keeps dense; what shared code counted for the first of its layers is handed out."""
-    from .backend import records_of
+    from .records import records_of
 
     dense: set[str] = set()
     for _, record in records_of(user_model):

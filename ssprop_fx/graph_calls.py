@@ -18,7 +18,7 @@ from .dataflow import Capture
 from .plan import Use
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord
+    from .records import GraphRecord
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 
@@ -138,8 +138,7 @@ def captures_of(records: Sequence[GraphRecord]) -> list[Capture]:
 
 
 def _record_capture(title: str, record: GraphRecord) -> Capture:
-    from .backend import _index as index
-    from .naming import plain_text
+    from .naming import module_index, plain_text
     from .ops import SETTINGS_AT, conv
 
     layers = {d.convolution.node.name: d.convolution.layer for d in record.decisions}
@@ -148,8 +147,8 @@ def _record_capture(title: str, record: GraphRecord) -> Capture:
 
     @functools.cache
     def path(key: str, text: str) -> str:
-        module = index.find(key)
-        return index.name(module) if module is not None else plain_text(text)
+        module = module_index.find(key)
+        return module_index.name(module) if module is not None else plain_text(text)
 
     def module_of(node: Node) -> str:
         stack: Iterator[Any] = reversed((node.meta.get("nn_module_stack") or {}).items())

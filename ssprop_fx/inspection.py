@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,16 +13,15 @@ from torch.fx import Node
 
 from ._compat import is_compiled
 from .convolutions import conv_kinds, spec_of_module
-from .cost import total_bytes, total_flops
 from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .graph_calls import calls_of, captures_of, merged_flops
-from .masking import is_masked
-from .plan import Layer, LivePlan, Use
+from .plan import Layer, Use, left_row, report_of
 from .policy import Policy
 from .report import Report, Row
 from .sites import Site
+from .survey import scripted_convolutions
 from .tracing import TracedModule, capture
 from .transform import (
     COMPLEX,
@@ -30,14 +29,13 @@ from .transform import (
     Transformation,
     changed_layers,
     rewritten_modules,
-    scripted_convolutions,
     transform,
     transformation_of,
     transformed_parts,
 )
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord
+    from .records import GraphRecord
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
@@ -117,79 +115,6 @@ def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Rep
     return replace(report, front_end="policy", policy=policy)
 
 
-def _report(
-    model: nn.Module,
-    front_end: str,
-    policy: Policy,
-    layers: Mapping[str, Layer],
-    left: Sequence[Row],
-    demands: Mapping[str, Any],
-    measurement: Measurement | None,
-    quantized: bool,
-    captures: Callable[[], list[Capture]],
-) -> Report:
-    calls = {name: tuple(use.call for use in layer.uses) for name, layer in layers.items() if layer.uses}
-    report = Report(
-        type(model).__name__,
-        front_end,
-        policy,
-        policy.steps,
-        policy.factor,
-        (*(_row(name, layer, measurement) for name, layer in layers.items()), *left),
-        measurement,
-        calls,
-        quantized,
-        LivePlan(policy, layers, demands),
-        captures,
-    )
-    return report.at(policy.steps)
-
-
-def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:
-    settings, first = layer.settings, layer.uses[0].call if layer.uses else None
-    calls = tuple(use.call for use in layer.uses)
-    reason = "drop rate 0" if settings.drop_rate == 0 else ""
-    if not reason and calls and not any(any(c.needs or (True,)) for c in calls):
-        reason = "no gradient is computed"
-    if not reason and measurement is not None and name in measurement.missed:
-        reason = f"{measurement.missed[name][0]} of its calls in no captured graph; transform first, then compile, reaches them"
-    if not reason and measurement is not None and not calls and not measurement.calls.get(name):
-        called = name in measurement.layers and measurement.layers[name].called
-        reason = f"no {'backward pass' if called else 'call'} in the measured step"
-    if not reason and is_masked(settings.ranking):
-        reason = "masked, for analysis: saves nothing"
-    return Row(
-        layer=name,
-        kind=layer.kind,
-        kinds=tuple(sorted(layer.kinds)),
-        rung=layer.rung,
-        rule=settings.rule,
-        drop_rate=settings.drop_rate,
-        criterion=settings.ranking,
-        round_to=settings.round_to,
-        gradients=settings.gradients,
-        kept=None,
-        total=first.channels if first else None,
-        input_shape=first.input if first else None,
-        weight_shape=first.weight if first else None,
-        output_shape=first.output if first else None,
-        calls=max(len(calls), 1) if measurement is None else max(len(calls), measurement.calls.get(name, 1)),
-        flops_dense=total_flops(calls) if calls else None,
-        flops_now=None,
-        grad_bytes_dense=total_bytes(calls) if calls else None,
-        grad_bytes_now=None,
-        reason=reason,
-    )
-
-
-def _left_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] = ()) -> Row:
-    return Row(
-        layer=layer, kind=kind, kinds=tuple(kinds), rung="-", rule="-", drop_rate=0.0, criterion="-", round_to="-",
-        gradients="-", kept=None, total=None, input_shape=None, weight_shape=None, output_shape=None, calls=1,
-        flops_dense=None, flops_now=None, grad_bytes_dense=None, grad_bytes_now=None, reason=reason,
-    )  # fmt: skip
-
-
 # --- transformed models
 
 
@@ -232,17 +157,17 @@ def _of_transformed(
         arguments = arguments_of(model, list(full.values()), example_inputs)
         return [_traced_capture(t, layers, arguments.get(full[t.name])) for t in traced()]
 
-    left = [_left_row(layer, reason) for layer, reason in record.skipped.items()]
-    left += [_left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
+    left = [left_row(layer, reason) for layer, reason in record.skipped.items()]
+    left += [left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
     for owner, count in (measurement.hidden if measurement else {}).items():
         if owner not in new:
-            left.append(_left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
-    left += [_left_row(name, _COMPILED, m.spec.name, sorted(m.kinds)) for name, m in unreached.items()]
+            left.append(left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
+    left += [left_row(name, _COMPILED, m.spec.name, sorted(m.kinds)) for name, m in unreached.items()]
     elsewhere = measurement.elsewhere - sum(len(m.calls) for m in unreached.values()) if measurement else 0
     if elsewhere > 0:
-        left.append(_left_row("elsewhere#convolution", f"{elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
+        left.append(left_row("elsewhere#convolution", f"{elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
-    return _report(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
+    return report_of(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
 
 
 def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
@@ -298,16 +223,16 @@ _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform firs
 
 
 def _records(model: nn.Module) -> list[GraphRecord]:
-    from .backend import records_of
+    from .records import records_of
 
     return [record for _, record in records_of(model)]
 
 
 def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]:
     """The graphs that name the model's allocation."""
-    from .backend import state_of
     from .ops import conv
     from .passes._graphs import graphs_within
+    from .records import state_of
 
     handle = transformation.allocation.handle
     return [
@@ -339,14 +264,14 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
         spec = spec_of_module(module)
         if spec is not None and name not in layers:
             reason = _OUTSIDE if measurement is None or name in missed else "no backward pass in the measured step"
-            left.append(_left_row(name, COMPLEX if _complex(module) else reason, *_kinds(module)))
-    left += [_left_row(name, SCRIPTED) for name in scripted_convolutions(model)]
+            left.append(left_row(name, COMPLEX if _complex(module) else reason, *_kinds(module)))
+    left += [left_row(name, SCRIPTED) for name in scripted_convolutions(model)]
     known = {row.layer for row in left}
     for name, (_, function, of_kinds) in missed.items():
         if name not in layers and name not in known:  # functional ones
-            left.append(_left_row(name, _OUTSIDE, function, sorted(of_kinds)))
+            left.append(left_row(name, _OUTSIDE, function, sorted(of_kinds)))
     captures = captures_of(records)
-    return _report(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
+    return report_of(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
 
 
 def _kinds(module: nn.Module) -> tuple[str, list[str]]:
@@ -361,7 +286,7 @@ def _complex(module: nn.Module) -> bool:
 
 
 def _policy_of(model: nn.Module) -> Policy:
-    from .backend import records_of
+    from .records import records_of
 
     return records_of(model)[-1][0]
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ._compat import trace_artifact
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord
+    from .records import GraphRecord
 
 logger = logging.getLogger(__name__)
 

@@ -130,6 +130,9 @@ def plain_text(text: str) -> str:
     return plain_name(".".join(parts))
 
 
+module_index = ModuleIndex()
+
+
 class GraphNames:
     """Layer names for the nodes of one Dynamo graph.
 

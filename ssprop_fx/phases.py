@@ -28,7 +28,7 @@ from .passes.lower_backward import backward_nodes
 from .profit import Timing, settle
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord
+    from .records import GraphRecord
 
 _runs = itertools.count()
 lock = threading.RLock()  # lowering, and unpickling what is lowered, goes one at a time

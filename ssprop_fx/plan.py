@@ -1,14 +1,21 @@
-"""The layers of a report, and how many channels each of their calls keeps at any factor of the schedule."""
+"""The layers of a report, their rows, and how many channels each of their calls keeps at any factor of the schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .allocation import Allocation
-from .cost import Call
+from .cost import Call, total_bytes, total_flops
+from .coverage import Measurement
+from .dataflow import Capture
+from .masking import is_masked
 from .policy import Policy, Settings
+from .report import Report
+from .rows import Row
 
 if TYPE_CHECKING:
     from .phases import PhaseDispatcher
@@ -82,3 +89,76 @@ class LivePlan:
                     if use.node in at:
                         found.setdefault(name, str(at[use.node]))
         return found
+
+
+def report_of(
+    model: nn.Module,
+    front_end: str,
+    policy: Policy,
+    layers: Mapping[str, Layer],
+    left: Sequence[Row],
+    demands: Mapping[str, Any],
+    measurement: Measurement | None,
+    quantized: bool,
+    captures: Callable[[], list[Capture]],
+) -> Report:
+    calls = {name: tuple(use.call for use in layer.uses) for name, layer in layers.items() if layer.uses}
+    report = Report(
+        type(model).__name__,
+        front_end,
+        policy,
+        policy.steps,
+        policy.factor,
+        (*(_row(name, layer, measurement) for name, layer in layers.items()), *left),
+        measurement,
+        calls,
+        quantized,
+        LivePlan(policy, layers, demands),
+        captures,
+    )
+    return report.at(policy.steps)
+
+
+def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:
+    settings, first = layer.settings, layer.uses[0].call if layer.uses else None
+    calls = tuple(use.call for use in layer.uses)
+    reason = "drop rate 0" if settings.drop_rate == 0 else ""
+    if not reason and calls and not any(any(c.needs or (True,)) for c in calls):
+        reason = "no gradient is computed"
+    if not reason and measurement is not None and name in measurement.missed:
+        reason = f"{measurement.missed[name][0]} of its calls in no captured graph; transform first, then compile, reaches them"
+    if not reason and measurement is not None and not calls and not measurement.calls.get(name):
+        called = name in measurement.layers and measurement.layers[name].called
+        reason = f"no {'backward pass' if called else 'call'} in the measured step"
+    if not reason and is_masked(settings.ranking):
+        reason = "masked, for analysis: saves nothing"
+    return Row(
+        layer=name,
+        kind=layer.kind,
+        kinds=tuple(sorted(layer.kinds)),
+        rung=layer.rung,
+        rule=settings.rule,
+        drop_rate=settings.drop_rate,
+        criterion=settings.ranking,
+        round_to=settings.round_to,
+        gradients=settings.gradients,
+        kept=None,
+        total=first.channels if first else None,
+        input_shape=first.input if first else None,
+        weight_shape=first.weight if first else None,
+        output_shape=first.output if first else None,
+        calls=max(len(calls), 1) if measurement is None else max(len(calls), measurement.calls.get(name, 1)),
+        flops_dense=total_flops(calls) if calls else None,
+        flops_now=None,
+        grad_bytes_dense=total_bytes(calls) if calls else None,
+        grad_bytes_now=None,
+        reason=reason,
+    )
+
+
+def left_row(layer: str, reason: str, kind: str = "?", kinds: Sequence[str] = ()) -> Row:
+    return Row(
+        layer=layer, kind=kind, kinds=tuple(kinds), rung="-", rule="-", drop_rate=0.0, criterion="-", round_to="-",
+        gradients="-", kept=None, total=None, input_shape=None, weight_shape=None, output_shape=None, calls=1,
+        flops_dense=None, flops_now=None, grad_bytes_dense=None, grad_bytes_now=None, reason=reason,
+    )  # fmt: skip

@@ -80,7 +80,7 @@ class Policy:
         self._contents = contents
         self._clock = Clock(contents.schedule)
         self._bound: dict[str, Settings] = {}
-        self.compiled: Any = None  # what the backend knows of the policy; see backend.CompiledState
+        self.compiled: Any = None  # what the backend knows of the policy; see records.CompiledState
         self.remembered: dict[str, dict] = {"flops": {}, "kept": {}, "losses": {}}  # of a loaded state; see allocation.settled
         text = json.dumps(self.to_dict(), sort_keys=True)
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -198,7 +198,7 @@ class Policy:
             TransformError: the model has no convolution.
         """
         from .naming import unwrap
-        from .transform import assign_checked, layer_kinds
+        from .survey import assign_checked, layer_kinds
 
         model = unwrap(model)
         assigned = assign_checked(model, self)

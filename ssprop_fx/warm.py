@@ -44,7 +44,7 @@ from .files import write_json
 from .phases import PhaseDispatcher, lock
 
 if TYPE_CHECKING:
-    from .backend import GraphRecord
+    from .records import GraphRecord
 
 OutputCode: Any = output_code()
 

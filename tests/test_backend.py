@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import ssprop_fx
 from ssprop_fx import Policy, PolicyError, SSPropError, TransformError
-from ssprop_fx.backend import records_of
+from ssprop_fx.records import records_of
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ssprop_fx
 from ssprop_fx import Policy, _compat
-from ssprop_fx.backend import records_of
+from ssprop_fx.records import records_of
 
 
 class Functional(nn.Module):

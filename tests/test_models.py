@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssprop_fx
-from ssprop_fx.backend import records_of
 from ssprop_fx.coverage import measure
+from ssprop_fx.records import records_of
 from ssprop_fx.steps import tensors_of
 from ssprop_fx.transform import transform
 

@@ -15,8 +15,8 @@ from ssprop_fx.passes.lower_backward import backward_nodes
 from torch import nn
 
 import ssprop_fx
-from ssprop_fx import Policy, SSPropError, backend, ops
-from ssprop_fx.backend import records_of
+from ssprop_fx import Policy, SSPropError, ops
+from ssprop_fx.records import records_of, state_of
 from ssprop_fx.shared_code import Anchor
 
 OPTIONS = {"inner": "aot_eager"}
@@ -223,7 +223,7 @@ def test_a_model_that_is_gone_leaves_no_weights_behind():
     torch._dynamo.reset()
     gc.collect()
     assert [ref() for ref in weights] == [None, None]
-    assert len(backend.state_of(kept).records) == 1
+    assert len(state_of(kept).records) == 1
 
 
 def test_a_module_that_was_renamed_or_moved_is_known_by_its_new_name():

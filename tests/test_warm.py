@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import ssprop_fx
 from ssprop_fx import logs, phases, warm
-from ssprop_fx.backend import records_of
+from ssprop_fx.records import records_of
 
 
 def net():

@@ -337,7 +337,7 @@ def families() -> Iterator[Model]:
 
 def graphs_captured(model: Model) -> str:
     """How many graphs Dynamo makes of the transformed model in a training step, or why it makes none."""
-    from ssprop_fx.backend import state_of
+    from ssprop_fx.records import state_of
 
     for inner in ("eager", "aot_eager"):  # PyTorch's own backend "eager" fails where a checkpointed block counts in a buffer
         torch._dynamo.reset()
