@@ -327,6 +327,21 @@ def current_compile_id() -> Any:
     return torch._guards.CompileContext.current_compile_id()
 
 
+def last_compile() -> bool:
+    """Whether Dynamo gives the code that it compiles now up rather than compile it once more."""
+    compile_id = current_compile_id()
+    attempt = compile_id.frame_compile_id if compile_id is not None else None
+    return attempt is not None and attempt + 1 >= torch._dynamo.config.recompile_limit
+
+
+def notice_reset(backend: Callable[..., Any]) -> None:
+    """Have the next ``torch.compiler.reset()`` call ``backend.reset()``.
+
+    It asks the backends that were given to torch.compile since the last one, and code compiled earlier may be compiled again.
+    """
+    torch._dynamo.eval_frame.cached_backends.setdefault(id(backend), backend)
+
+
 def trace_artifact(name: str, payload: Callable[[], str], compile_id: Any) -> None:
     """Put a text into the structured trace (``TORCH_TRACE``) as an artifact of a compile; tlparse shows it under its name."""
     torch._logging.trace_structured(

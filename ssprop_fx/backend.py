@@ -9,7 +9,9 @@ the schedule comes to, the first time it comes to it.
 from __future__ import annotations
 
 import functools
+import os
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,14 +32,16 @@ from ._compat import (
     inductor_decompositions,
     inductor_mode_options,
     keep_saved_tensors,
+    last_compile,
     make_boxed,
+    notice_reset,
 )
 from .allocation import allocation_for
 from .convolutions import LINEAR, ConvArgs, run
 from .errors import SSPropError
 from .logs import graph_rewritten
 from .naming import GraphNames, module_index
-from .options import check_names, default_policy, policy_for
+from .options import check_names, default_policy, forget_files, policy_for
 from .passes import (
     Decision,
     Sparsify,
@@ -56,6 +60,11 @@ from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
 from .survey import assign_checked
 from .transform import transformation_of
 
+_LAST = (
+    "PyTorch compiles no code more often than torch._dynamo.config.recompile_limit says, and has now done so with code that "
+    "holds convolutions: whatever needs another compile of it runs eagerly, and trains dense. For model after model in one "
+    "process call torch.compiler.reset() before each; otherwise TORCH_LOGS=recompiles tells what changes from call to call"
+)
 _INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -82,6 +91,7 @@ def ssprop(
         PolicyError: the policy is invalid.
         SSPropError: unknown ``inner``, or the options contradict a model that ``transform`` has rewritten.
     """
+    notice_reset(ssprop)
     settings = dict(options or {})
     policy, inner = settings.pop("policy", policy), settings.pop("inner", inner)
     if inner not in _INNER:
@@ -89,6 +99,9 @@ def ssprop(
     check_names(settings)
     rewritten, record = rewrite(graph_module, policy)
     return record.shared.guard(_compile(rewritten, example_inputs, record, inner, settings, mode))
+
+
+ssprop.reset = forget_files  # type: ignore[attr-defined]
 
 
 def _compile(
@@ -144,7 +157,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     inside = graphs_within(graph_module).values()
     graphs = [graph for graph, _ in inside]
     convolutions = [[replace(c, times=t) for c in find_convolutions(graph, names, linear=True)] for graph, t in inside]
-    policy = policy_for(policy, names.roots.values())
+    given, policy = policy, policy_for(policy, names.roots.values())
     _refuse_functorch(graphs, any(convolutions))
     transformed = _transformed_policy(graph_module, names)
     if transformed is not None and policy is not None and policy is not transformed:
@@ -171,9 +184,16 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
         decisions += chosen
     roots = [weakref.ref(root) for root in names.roots.values()]
 
-    shared = SharedCode(anchors, policy, names.index, lambda root: _check_rules([root], policy, state))
+    def meet(root: torch.nn.Module) -> Policy:
+        own = policy if any(ref() is root for ref in roots) else _policy_of_another(given, policy, root)
+        _check_rules([root], own, state_of(own))
+        return own
+
+    shared = SharedCode(anchors, policy, names.index, meet)
     record = GraphRecord(captured, copy_graph(graph_module), decisions, roots, shared)
     record.compile_id = current_compile_id()
+    if decisions and last_compile():
+        warnings.warn(_LAST, stacklevel=2)
     record.index = state.records[-1].index + 1 if state.records else 0
     state.records = [*(known for known in state.records if known.alive), record]
     graph_rewritten(record.index, record)
@@ -199,8 +219,25 @@ def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: Compil
     """Every rule must match something of each model, even though a graph may be only a part of it."""
     for root in roots:
         if root not in state.checked:
-            assign_checked(root, policy)
+            assign_checked(root, policy, plain=True)
             state.checked.add(root)
+
+
+def _policy_of_another(given: Any, policy: Policy, root: torch.nn.Module) -> Policy:
+    """The policy of a further model that code compiled under ``policy`` is run for.
+
+    Args:
+        given: what the options hold. A model of its own clock reads the file or mapping anew.
+    """
+    own = policy_for(given, [root]) or policy
+    if own.digest != policy.digest:
+        what = repr(str(given)) if isinstance(given, (str, os.PathLike)) else "the mapping"
+        raise SSPropError(
+            f"{what} in torch.compile's options says something else than when {type(root).__name__} was first compiled, and "
+            "torch.compile would go on with the code of then: call torch.compiler.reset() before a model is compiled under "
+            "a policy that has changed, or hand over a Policy object (ssprop_fx.Policy.load(...))"
+        )
+    return own
 
 
 def _transformed_policy(graph_module: GraphModule, names: GraphNames) -> Policy | None:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ._compat import in_backward, is_compiled
+from ._compat import in_backward, is_compiled, is_optimized_module
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
 from .errors import TransformError
 from .functions import handled
+from .naming import plain_name, unwrap
 from .policy import Policy, Settings
 from .sharing import shared_copy
 from .steps import attributes_put_back, call_model, training_step, undone
@@ -166,8 +167,6 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
 
 
 def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
-    from .naming import unwrap
-
     user_model = unwrap(model)
     record = transformation_of(user_model)
     # layers are named from the transformed part on, whatever it is in
@@ -221,14 +220,28 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
     """The convolution backwards of a step by layer, function and kinds of each layer, as ``transform`` would find them."""
     made: Counter[str] = Counter()
     try:
-        model = transform(shared_copy(user_model, share_listeners=False), Policy(drop_rate=0.5, schedule={"kind": "constant"}))
-    except TransformError:  # compiled or scripted parts, which stay as they are
+        model = _uncompiled(shared_copy(user_model, share_listeners=False))
+        model = transform(model, Policy(drop_rate=0.5, schedule={"kind": "constant"}))
+    except TransformError:  # scripted, for one
         return made, {}
     with undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
         training_step(model, example_inputs)
     record = transformation_of(model)
     assert record is not None
-    return made, {layer: (site.spec.name, site.kinds) for layer, site in record.sites.items()}
+    found: Counter[str] = Counter()
+    for layer, count in made.items():
+        found[plain_name(layer)] += count
+    return found, {plain_name(layer): (site.spec.name, site.kinds) for layer, site in record.sites.items()}
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """A model, given to be changed, whose parts are what they were before ``torch.compile``."""
+    for module in list(model.modules()):
+        vars(module).pop("_compiled_call_impl", None)
+        for name, child in module._modules.items():
+            if child is not None and is_optimized_module(child):
+                module._modules[name] = unwrap(child)
+    return model
 
 
 def _under_shared_names(user_model: nn.Module, seen: Counter[str], made: Counter[str]) -> set[str]:

@@ -17,6 +17,7 @@ from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .graph_calls import calls_of, captures_of, merged_flops
+from .naming import plain_modules, unwrap
 from .plan import Layer, Use, left_row, report_of
 from .policy import Policy
 from .report import Report, Row
@@ -59,8 +60,11 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
         >>> report.rows[0].kept, report.rows[0].total, report.rows[0].output_shape
         (2, 8, (2, 8, 6, 6))
     """
-    from .naming import unwrap
-
+    if not isinstance(model, nn.Module):
+        raise SSPropError(
+            f"inspect takes a module, got {type(model).__name__}"
+            + ("; of a compiled function, inspect the model that it calls" if callable(model) else "")
+        )
     record, parts = transformation_of(model), transformed_parts(model)
     if len(parts) > 1:
         raise SSPropError(
@@ -78,6 +82,10 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     records = _records(user_model)
     if records:
         return _of_compiled(user_model, records, _as_compiled(measurement, user_model, records))
+    if (whole := _compiled_whole(user_model)) is not None:
+        raise SSPropError(
+            f"{type(user_model).__name__} is a part of {type(whole).__name__}, which names its layers: inspect the whole"
+        )
     if is_compiled(model):
         raise SSPropError(
             'no graph of the compiled model has come to the backend "ssprop": no step was run yet, another backend was given, '
@@ -125,8 +133,6 @@ def _of_transformed(
     records: list[GraphRecord],
     example_inputs: Any,
 ) -> Report:
-    from .naming import unwrap
-
     unreached = _unreached(measurement) if measurement is not None and is_compiled(model) else {}
     model = unwrap(model)
     (place, part), *_ = transformed_parts(model).items()  # layers are named from there on
@@ -159,8 +165,11 @@ def _of_transformed(
 
     left = [left_row(layer, reason) for layer, reason in record.skipped.items()]
     left += [left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
+    inside = set(part.modules())
+    beside = {n: m for n, m in model.named_modules() if spec_of_module(m) is not None and m not in inside}
+    left += [left_row(name, _BESIDE.format(place), *_kinds(module)) for name, module in beside.items()]
     for owner, count in (measurement.hidden if measurement else {}).items():
-        if owner not in new:
+        if owner not in new and owner not in beside:
             left.append(left_row(f"{owner}#convolution", f"{count} in a step, {_HIDDEN}", kinds=("functional",)))
     left += [left_row(name, _COMPILED, m.spec.name, sorted(m.kinds)) for name, m in unreached.items()]
     elsewhere = measurement.elsewhere - sum(len(m.calls) for m in unreached.values()) if measurement else 0
@@ -218,6 +227,7 @@ _ELSEWHERE = (
     "another thread, or in a method that is no forward"
 )
 _COMPILED = "in compiled code where transform does not reach it: in a checkpoint of a method, for one"
+_BESIDE = "beside the part that was transformed, {!r}, and dense; transform the whole, made of the original part"
 _NEW = "put into the model after transform; transform the original again"
 _OUTSIDE = "in no captured graph (a graph break, or not run yet); transform first, then compile, reaches it"
 
@@ -226,6 +236,13 @@ def _records(model: nn.Module) -> list[GraphRecord]:
     from .records import records_of
 
     return [record for _, record in records_of(model)]
+
+
+def _compiled_whole(part: nn.Module) -> nn.Module | None:
+    """The model of which a compiled part is."""
+    from .records import compiled_models
+
+    return next((model for model in compiled_models() if any(module is part for module in model.modules())), None)
 
 
 def _records_of_transformed(transformation: Transformation) -> list[GraphRecord]:
@@ -254,18 +271,18 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
             c = decision.convolution
             for layer, settings in record.names_of(decision, model):
                 layers.setdefault(layer, Layer(c.spec.name, c.kinds, "graph", settings, compiled.get(c.layer, ())))
-    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    place = {name: i for i, (name, _) in enumerate(plain_modules(model))}
     layers = dict(sorted(layers.items(), key=lambda item: place.get(item[0].partition("#")[0], len(place))))
     left = []
     missed = measurement.missed if measurement else {}
     for name in [name for name in layers if measurement is not None and name in missed and name not in measurement.calls]:
         del layers[name]  # what the graphs hold of it has no backward pass
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         spec = spec_of_module(module)
         if spec is not None and name not in layers:
             reason = _OUTSIDE if measurement is None or name in missed else "no backward pass in the measured step"
             left.append(left_row(name, COMPLEX if _complex(module) else reason, *_kinds(module)))
-    left += [left_row(name, SCRIPTED) for name in scripted_convolutions(model)]
+    left += [left_row(name, SCRIPTED) for name in scripted_convolutions(model, plain=True)]
     known = {row.layer for row in left}
     for name, (_, function, of_kinds) in missed.items():
         if name not in layers and name not in known:  # functional ones

@@ -118,6 +118,11 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()``, named as in a graph: without the segments that wrappers add."""
+    return ((plain_name(name), module) for name, module in model.named_modules())
+
+
 def plain_text(text: str) -> str:
     """Dynamo's text for a module, ``L['self']._modules['layer1']…`` → ``layer1…``; the last resort."""
     text = re.sub(r"^[LG]\['[^']*'\]", "", text)
@@ -155,6 +160,8 @@ class GraphNames:
         """(layer name, whether the call is a functional one) of a convolution node."""
         stack = list((node.meta.get("nn_module_stack") or {}).items())
         key, owner, is_layer, module = "", "", False, None
+        while stack and self._in_no_model(stack[-1][0], others=len(stack) > 1):
+            stack.pop()  # a convolution that lies in a list, say: a call of the module that has it
         if stack:
             key, (text, cls) = stack[-1]
             module = self.index.find(key)
@@ -179,6 +186,13 @@ class GraphNames:
             self.owners[layer] = module
         return layer, not own_call
 
+    def _in_no_model(self, key: str, others: bool) -> bool:
+        """Whether a convolution module is no part of the model that calls it, of which ``others`` are in the stack."""
+        module = self.index.find(key)
+        if module is None or spec_of_module(module) is None or self.index.root(module) is not module:
+            return False
+        return others or self._frame not in (None, module)
+
     @functools.cached_property
     def _frame(self) -> nn.Module | None:
         """The module whose forward was captured: the one below which the graph's tensors lie where their sources say.
@@ -201,13 +215,9 @@ class GraphNames:
                 full = f".{self.index.name(holder)}.{name}"
                 if full.endswith(f".{path}"):
                     root = self.index.root(holder)
-                    module = dict(_plain_modules(root)).get(full.removesuffix(f".{path}").lstrip("."))
+                    module = dict(plain_modules(root)).get(full.removesuffix(f".{path}").lstrip("."))
                     if module is not None:
                         found.setdefault(ours == (transformation_of(root) is not None), module)
             if found:
                 return found.get(True, next(iter(found.values())))
         return None
-
-
-def _plain_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((plain_name(name), module) for name, module in root.named_modules())

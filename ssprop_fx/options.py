@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Iterable
@@ -16,8 +17,10 @@ from .policy import Policy
 from .transform import as_policy
 
 _lock = threading.Lock()
-_read: dict[str, Policy] = {}  # for graphs without a module
-_read_for: weakref.WeakKeyDictionary[nn.Module, dict[str, Policy]] = weakref.WeakKeyDictionary()
+_resets = 0  # of Dynamo
+_Read = dict[str, tuple[Policy, int]]  # by absolute path, or digest of a mapping; after how many resets it was read
+_read: _Read = {}  # for graphs without a module
+_read_for: weakref.WeakKeyDictionary[nn.Module, _Read] = weakref.WeakKeyDictionary()
 
 
 def check_names(settings: Iterable[str]) -> None:
@@ -44,6 +47,8 @@ def default_policy() -> Policy:
 def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
     """The policy of the options; a file or mapping is read once for a model, so that all its graphs share one clock.
 
+    What happens to the file meanwhile is the next model's, or that of this one once :func:`forget_files` was called.
+
     Args:
         roots: the models that a graph is of.
 
@@ -53,6 +58,13 @@ def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
     """
     if policy is None or isinstance(policy, Policy):
         return policy
+    root = next(iter(roots), None)
+    path = os.path.abspath(policy) if isinstance(policy, (str, os.PathLike)) else None
+    with _lock:
+        read = _read if root is None else _read_for.setdefault(root, {})
+        known, resets = read.get(path or "", (None, 0))
+    if known is not None and resets == _resets:
+        return known
     made = as_policy(policy)
     if made.schedule.clock == "manual" and made.schedule.moves:
         raise SSPropError(
@@ -61,6 +73,13 @@ def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
             "`clock: optimizer` in the schedule"
         )
     with _lock:
-        root = next(iter(roots), None)
-        read = _read if root is None else _read_for.setdefault(root, {})
-        return read.setdefault(made.digest, made)
+        key = path or made.digest
+        known, _ = read.get(key, (made, 0))
+        read[key] = known if known.digest == made.digest else made, _resets
+        return read[key][0]
+
+
+def forget_files() -> None:
+    """Read the files anew where they are asked for; a model whose file still says the same keeps its clock."""
+    global _resets
+    _resets += 1

@@ -98,7 +98,7 @@ class PhaseDispatcher:
         self.record.ran = next(_runs)
         if self.symbolic:
             self._sizes = [tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs]
-        factors = tuple(a.policy.quantized_factor for a in self.allocations)
+        factors = tuple(self.record.clock_of(a.policy).quantized_factor for a in self.allocations)
         run = self.by_factor.get(factors)
         if run is None:
             with lock:

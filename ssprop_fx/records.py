@@ -90,6 +90,10 @@ class GraphRecord:
             yield decision.convolution.layer, decision.settings
         yield from self.shared.names_of(decision.convolution.layer, root)
 
+    def clock_of(self, policy: Policy) -> Policy:
+        """The policy whose clock counts where the graph names ``policy``: that of the model that the code runs for."""
+        return self.shared.in_force if policy is self.shared.policy else policy
+
     def stages(self) -> dict[str, GraphModule]:
         """The graphs by stage, in the order in which they were made."""
         found = {"captured": self.captured, "rewritten": self.rewritten}
@@ -129,11 +133,22 @@ def state_of(policy: Policy) -> CompiledState:
 def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
     """The graphs that the backend compiled for a model, oldest first, with the policy of each.
 
-    Where the model was compiled more than once, those of the newest policy.
+    Where the model was compiled more than once, those of the policy that it trained by last, or of the newest before.
     """
-    found = [(p, record) for p in list(_policies) for record in state_of(p).records if record.serves(model)]
-    found.sort(key=lambda pair: pair[1].number)
-    return [pair for pair in found if pair[0] is found[-1][0]]
+    records = [record for policy in list(_policies) for record in state_of(policy).records if record.serves(model)]
+    records.sort(key=lambda record: record.number)
+    found = [(record.shared.policy_of(model), record) for record in records]
+    last = max(found, key=lambda pair: (pair[1].ran, pair[1].number), default=None)
+    return [pair for pair in found if last is not None and pair[0] is last[0]]
 
 
-__all__ = ["CompiledState", "GraphRecord", "records_of", "state_of"]
+def compiled_models() -> Iterator[torch.nn.Module]:
+    """The models that graphs were compiled for, or have run for."""
+    for policy in list(_policies):
+        for record in state_of(policy).records:
+            for ref in (*record.roots, *(instance.root for instance in record.shared.instances)):
+                if (model := ref()) is not None:
+                    yield model
+
+
+__all__ = ["CompiledState", "GraphRecord", "compiled_models", "records_of", "state_of"]

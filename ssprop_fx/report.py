@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _PHASES = 128
+_UNKNOWN = "before they run in a training step, and in code that another backend compiled; example inputs tell them, too"
 
 
 class _NoPlan:
@@ -370,11 +371,14 @@ class Report:
         if self.measurement is not None:
             lines.append(str(self.measurement))
         if self.conv_flops is None:
-            why = "unknown before the first training step; example inputs tell them, too"
+            why = f"unknown {_UNKNOWN}"
             if self.measurement is not None:
                 why = "the measured step has no convolution's backward pass"
             return "\n".join([*lines, f"FLOPs: {why}"])
         lines.append(f"backward convolution FLOPs of a step: {_saved(self.conv_flops)}")
+        unknown = sum(row.rewritten and row.flops_dense is None for row in self.rows)
+        if unknown and self.measurement is None:
+            lines.append(f"{unknown} of the rewritten layers not counted: their FLOPs are unknown {_UNKNOWN}")
         if self.backward_flops and self.step_flops:
             lines.append(f"backward FLOPs of a step: {_saved(self.backward_flops)}")
             lines.append(f"all FLOPs of a step: {_saved(self.step_flops)}")

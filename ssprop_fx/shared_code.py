@@ -4,7 +4,8 @@ Dynamo compiles once for all modules that look alike to it: blocks that are comp
 nested, a compiled function that gets one model after another. Names and settings in the graph are those of the module that
 came first. :class:`SharedCode` looks at the tensors that a call brings, finds the modules that hold them, and asks the policy
 again: where it says the same, the code may serve, and the report lists the layers under their own names; where it does not,
-the call is refused.
+the call is refused. Where the options name a file or hold a mapping, each model has a policy, and so a clock, of its own: the
+code then follows that of the model that it was called for last.
 """
 
 from __future__ import annotations
@@ -54,9 +55,14 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Instance:
-    """Further modules that the code has run for: their root, and for each layer of the graph the name and settings there."""
+    """Further modules that the code has run for: their root, and for each layer of the graph the name and settings there.
+
+    Attributes:
+        policy: the root's.
+    """
 
     root: weakref.ref[nn.Module]
+    policy: Policy
     layers: Mapping[str, tuple[str, Settings]]
 
 
@@ -65,17 +71,23 @@ class SharedCode:
 
     Args:
         anchors: each with the tensor that it has now, which is not kept.
-        meet: called with the root of each further one.
+        policy: of the model that came first.
+        meet: called with the root of each further one; gives its policy, of the same contents.
+
+    Attributes:
+        in_force: the policy of the model that the code was called for last.
 
     Raises:
         SSPropError: a region inside the graph runs for modules that the policy treats differently.
     """
 
     def __init__(
-        self, anchors: Sequence[tuple[Anchor, Tensor]], policy: Policy, index: ModuleIndex, meet: Callable[[nn.Module], None]
+        self, anchors: Sequence[tuple[Anchor, Tensor]], policy: Policy, index: ModuleIndex, meet: Callable[[nn.Module], Policy]
     ) -> None:
         self.anchors = [anchor for anchor, _ in anchors]
         self.policy, self.index, self.meet = policy, index, meet
+        self.in_force = policy
+        self._policies: dict[int, Policy] = {}  # by the identity of a tensor, of those that are not the first model's
         self.instances: list[Instance] = []
         for anchor, tensor in anchors:
             self._check(anchor, tensor)
@@ -88,6 +100,8 @@ class SharedCode:
         def checked(*inputs: Any) -> Any:
             for anchor in self.anchors:
                 self._check(anchor, inputs[anchor.position])
+            if self._policies:
+                self.in_force = self._policies.get(id(inputs[self.anchors[0].position]), self.policy)
             return compiled(*inputs)
 
         return checked
@@ -98,6 +112,10 @@ class SharedCode:
             if instance.root() is root and layer in instance.layers:
                 yield instance.layers[layer]
 
+    def policy_of(self, root: nn.Module) -> Policy:
+        """The policy that the code follows for a model that it has run for."""
+        return next((instance.policy for instance in self.instances if instance.root() is root), self.policy)
+
     def share(self, layer: str, times: int) -> int:
         """How many of the ``times`` that the graph runs its ``layer`` are each module's own."""
         names = {layer, *(instance.layers[layer][0] for instance in self.instances if layer in instance.layers)}
@@ -107,6 +125,7 @@ class SharedCode:
         if anchor.serves(tensor) or (anchor.parameter and not isinstance(tensor, nn.Parameter)):
             return  # what is no parameter was put in a parameter's place, by torch.func.functional_call for one
         problems: list[str] = []
+        self._policies.pop(id(tensor), None)  # another tensor's that is gone
         for holder, name in self.index.holders(tensor):
             full = f".{self.index.name(holder)}.{name}"
             if not full.endswith(f".{anchor.path}"):
@@ -115,8 +134,10 @@ class SharedCode:
             problem = _disagreement(anchor, layers)
             if problem is None:
                 root = self.index.root(holder)
-                self.meet(root)
-                self.instances.append(Instance(weakref.ref(root), layers))
+                policy = self.meet(root)
+                if policy is not self.policy:
+                    self._policies[id(tensor)] = policy
+                self.instances.append(Instance(weakref.ref(root), policy, layers))
                 break
             problems.append(problem)
         else:

@@ -11,16 +11,21 @@ from torch import nn
 from .calls import functional_name
 from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
+from .naming import plain_modules
 from .policy import KINDS, Policy, Settings
 from .reach import may_call_convolution
 
 _CALLS = 100  # of one function in one forward; rules for any of them are taken to match
 
 
-def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Layer name → kinds, for every convolution and linear module of ``model`` (functional calls show when they run)."""
+def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[str]]:
+    """Layer name → kinds, for every convolution and linear module of ``model`` (functional calls show when they run).
+
+    Args:
+        plain: whether names are as in a graph, without the segments that wrappers add.
+    """
     found: dict[str, frozenset[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model, plain):
         spec = spec_of_module(module)
         if spec is None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             found[name] = frozenset({LINEAR.name})
@@ -37,26 +42,29 @@ def layer_kinds(model: nn.Module) -> dict[str, frozenset[str]]:
     return found
 
 
-def functional_callers(model: nn.Module) -> set[str]:
+def functional_callers(model: nn.Module, plain: bool = False) -> set[str]:
     """Names of the modules whose forward may call a convolution function."""
     tree = frozenset(map(id, model.modules()))
-    return {name for name, module in _containers(model) if may_call_convolution(module, tree)}
+    return {name for name, module in _containers(model, plain) if may_call_convolution(module, tree)}
 
 
-def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
+def assign_checked(model: nn.Module, policy: Policy, plain: bool = False) -> dict[str, Settings]:
     """Layer name → settings for the convolution modules of a model, every rule accounted for.
+
+    Args:
+        plain: as for :func:`layer_kinds`.
 
     Raises:
         TransformError: the model has no convolution.
         PolicyError: a rule can match neither a layer nor a functional call that a module of the model may make.
     """
-    layers, callers = layer_kinds(model), functional_callers(model)
+    layers, callers = layer_kinds(model, plain), functional_callers(model, plain)
     if not (set().union(*layers.values()) - {LINEAR.name}) and not callers and not policy.wants_linear:
         raise TransformError(
             f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
         )
     everything = dict(layers)
-    own_calls = {n for n, m in model.named_modules() if n in layers and spec_of_module(m) and may_call_convolution(m)}
+    own_calls = {n for n, m in _modules(model, plain) if n in layers and spec_of_module(m) and may_call_convolution(m)}
     for owner in callers | own_calls:
         for function in CONVOLUTIONS:
             for nth in range(_CALLS):
@@ -68,15 +76,19 @@ def assign_checked(model: nn.Module, policy: Policy) -> dict[str, Settings]:
     return {k: s for k, s in assigned.items() if LINEAR.name not in layers[k] or s.drop_rate > 0}
 
 
-def scripted_convolutions(model: nn.Module) -> Iterator[str]:
+def scripted_convolutions(model: nn.Module, plain: bool = False) -> Iterator[str]:
     """Names of the convolutions inside modules scripted or traced by ``torch.jit``."""
-    for name, module in model.named_modules():
+    for name, module in _modules(model, plain):
         if isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", "").startswith("Conv"):
             yield name
 
 
-def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+def _modules(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
+    return plain_modules(model) if plain else iter(model.named_modules())
+
+
+def _containers(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in _modules(model, plain):
         if spec_of_module(module) is None and not isinstance(module, torch.jit.ScriptModule):
             yield name, module
 

@@ -241,6 +241,34 @@ def test_a_compile_has_an_id():
     assert _compat.current_compile_id() is None
 
 
+def test_the_last_compile_of_code_is_known():
+    last = []
+
+    def backend(graph_module, inputs):
+        last.append(_compat.last_compile())
+        return graph_module.forward
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(lambda x, n: x + n, backend=backend, dynamic=False)
+        for n in ("1", "2", "3"):
+            compiled(torch.ones(1), float(n) if n != "3" else 3)
+    assert last == [False, True]
+    assert not _compat.last_compile()
+
+
+def test_a_reset_is_noticed_by_a_backend():
+    def backend(graph_module, inputs):
+        return graph_module.forward
+
+    resets = []
+    backend.reset = lambda: resets.append(1)
+    for _ in range(2):
+        _compat.notice_reset(backend)
+        torch.compiler.reset()
+    torch.compiler.reset()
+    assert len(resets) == 2
+
+
 def test_artifacts_reach_the_structured_trace():
     import logging
 

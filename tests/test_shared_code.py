@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import json
 import weakref
 from collections import OrderedDict
 
@@ -226,6 +227,87 @@ def test_a_model_that_is_gone_leaves_no_weights_behind():
     assert len(state_of(kept).records) == 1
 
 
+def train(model, options, steps=1):
+    """Kept channels of the stem in each step."""
+    compiled = torch.compile(model, backend="ssprop", options=OPTIONS | options)
+    optimizer, kept = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        compiled(X).square().sum().backward()
+        kept.append(int((model.stem.weight.grad.flatten(1).abs().sum(1) > 0).sum()))
+        optimizer.step()
+    return kept
+
+
+def write(path, rate, **schedule):
+    path.write_text(
+        json.dumps({"drop_rate": rate, "round_to": 1, "schedule": {"kind": "constant", "clock": "optimizer"} | schedule})
+    )
+
+
+@pytest.mark.parametrize("form", ["path", "mapping"])
+def test_each_model_has_a_clock_of_its_own_though_the_code_is_one(form, tmp_path):
+    write(tmp_path / "policy.yaml", 0.5, warmup=1, cooldown=2, total=5)
+    given = str(tmp_path / "policy.yaml") if form == "path" else json.loads((tmp_path / "policy.yaml").read_text())
+    models = [Net() for _ in range(3)]
+    assert [train(model, {"policy": given}, 5) for model in models] == [[8, 4, 4, 8, 8]] * 3
+    policies = [ssprop_fx.inspect(model).policy for model in models]
+    assert len({id(p) for p in policies}) == 3
+    assert [p.steps for p in policies] == [15, 10, 5]  # every optimizer's steps count
+    assert len({id(record) for model in models for record in records_of(model)}) < len(models)
+    assert all(ssprop_fx.inspect(model).at(1)["stem"].kept == 4 for model in models)
+
+
+def test_models_in_turn_each_follow_their_own_clock():
+    given = {"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant", "warmup": 2, "clock": "optimizer"}}
+    first, second = Net(), Net()
+    assert train(first, {"policy": given}, 2) == [8, 8]
+    assert train(second, {"policy": given}) == [8]
+    assert train(first, {"policy": given}) == [4]
+    assert train(second, {"policy": given}) == [4]  # both optimizers have stepped
+
+
+def test_a_file_that_changed_is_not_followed_in_silence(tmp_path):
+    path = tmp_path / "policy.yaml"
+    write(path, 0.5)
+    model, given = Net(), {"policy": str(path)}
+    assert train(model, given) == [4]
+    write(path, 0.75)
+    assert train(model, given) == [4]  # as it was read for the model
+    with pytest.raises(SSPropError, match=r"policy.yaml' in torch.compile's options says something else.*torch.compiler.reset"):
+        train(Net(), given)
+    torch.compiler.reset()
+    assert train(Net(), given) == [2]
+    assert train(model, given) == [2]
+    assert ssprop_fx.inspect(model)["stem"].drop_rate == 0.75
+
+
+def test_a_mapping_that_changed_is_not_followed_in_silence():
+    given = {"drop_rate": 0.5, "round_to": 1, "schedule": {"kind": "constant"}}
+    assert train(Net(), {"policy": given}) == [4]
+    given["drop_rate"] = 0.75
+    with pytest.raises(SSPropError, match=r"the mapping in torch.compile's options says something else"):
+        train(Net(), {"policy": given})
+    torch.compiler.reset()
+    assert train(Net(), {"policy": given}) == [2]
+
+
+def test_a_reset_keeps_the_clock_of_a_model_whose_file_says_the_same(tmp_path):
+    path = tmp_path / "policy.yaml"
+    write(path, 0.5, warmup=2)
+    model, given = Net(), {"policy": path}
+    assert train(model, given, 3) == [8, 8, 4]
+    torch.compiler.reset()
+    assert train(model, given) == [4]
+
+
+def test_the_last_compile_that_pytorch_makes_of_code_is_told():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        train(Net(), {"policy": policy()})
+        with pytest.warns(UserWarning, match=r"trains dense.*torch.compiler.reset\(\) before each"):
+            train(Net(), {"policy": policy()})
+
+
 def test_a_module_that_was_renamed_or_moved_is_known_by_its_new_name():
     class Renamed(nn.Module):
         def __init__(self):
@@ -344,7 +426,7 @@ def test_instances_transformed_under_two_policies_keep_to_their_own():
     for rate, rows in ((0.5, 4), (0.75, 6), (0.25, 2)):
         model = ssprop_fx.transform(Net(), policy(drop_rate=rate))
         run(model, X).square().sum().backward()
-        assert int((model.blocks[2].conv.weight.grad.flatten(1).abs().sum(1) == 0).sum()) == rows
+        assert int((model.stem.weight.grad.flatten(1).abs().sum(1) == 0).sum()) == rows
 
 
 def test_tensors_in_the_place_of_parameters_are_no_other_module():
