@@ -15,6 +15,9 @@ _EXTRA_OF = {"typer": "cli", "rich": "cli", "sklearn": "demo"}
 
 def main() -> None:
     """Run the command line of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without × gets a question mark
     try:
         from . import timing_commands  # noqa: F401 (adds its commands)
         from .commands import app

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,8 @@ import ssprop_fx
 
 from . import demo as demonstration
 from .errors import PolicyError, SSPropError
-from .models import FORMS, NameProblem, first_line, load_model, make_input
+from .files import check_writable
+from .models import FORMS, NameProblem, load_model, make_input, told
 from .policy import Policy
 from .tables import comparison, report_table
 
@@ -220,6 +223,8 @@ def inspect(
     The model gets random weights; with inputs, a dense and a sparse training step are run and their convolutions counted.
     """
     chosen = read_policy(policy)
+    if html is not None:
+        check_writable(html)
     try:
         inputs = tuple(make_input(shape) for shape in shapes or ())
         original = load_model(model)
@@ -228,12 +233,7 @@ def inspect(
     if compiled and not inputs:
         raise typer.BadParameter("--compile needs --input: a graph is captured when the model runs")
     chosen.load_state_dict({**chosen.state_dict(), "steps": step})
-    try:
-        report = _report(ssprop_fx.transform(original, chosen), inputs, compiled)
-    except SSPropError:
-        raise
-    except Exception as problem:  # the model's own code may raise anything
-        raise SSPropError(f"{model} does not run on {', '.join(shapes or ())}: {first_line(problem)}") from problem
+    report = running(model, shapes or (), lambda: _report(ssprop_fx.transform(original, chosen), inputs, compiled))
     if html is not None:
         try:
             report.to_html(html)
@@ -251,6 +251,21 @@ def _report(model: Any, inputs: tuple, compiled: bool) -> ssprop_fx.Report:
         return ssprop_fx.inspect(model, inputs or None)
     graphs: Any = torch.compile(model, backend="ssprop", options={"inner": "aot_eager"})
     return ssprop_fx.inspect(graphs, inputs)
+
+
+def running(name: str, shapes: Sequence[str], work: Callable[[], Any]) -> Any:
+    """The result of ``work``, which runs the model; what that prints goes to the standard error.
+
+    Raises:
+        SSPropError: the model's code fails.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return work()
+    except SSPropError:
+        raise
+    except Exception as problem:  # the model's own code may raise anything
+        raise SSPropError(f"{name} does not run on {', '.join(shapes)}: {told(problem)}") from problem
 
 
 def read_policy(file: Path | None) -> Policy:

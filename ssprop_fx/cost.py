@@ -89,8 +89,9 @@ class Call:
     def demand(
         self, layer: str, drop_rate: float, round_to: int = AUTO, criterion: str = "l1", gradients: str = "all"
     ) -> Demand:
-        """What the call asks of the rounding budget, as a forward pass announces it."""
-        flops = self._gradient(2)
+        """What the call asks of the rounding budget, as a forward announces it: the FLOPs that the kept channels change."""
+        input, weight = self.needs or (True, True)
+        flops = self._gradient((input and gradients == "all") + weight)
         return Demand(layer, self.channels, flops, drop_rate, self.granule, round_to, (self,), criterion, gradients)
 
     def _gradient(self, outputs: int) -> int:

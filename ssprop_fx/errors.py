@@ -208,6 +208,8 @@ def _suggestion(value: Any, rule: dict[str, Any]) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     if numeric is not None and isinstance(value, str) and value.strip().endswith("%"):
+        if numeric["type"] == "integer":
+            return None
         value = value.strip()[:-1]
     if numeric is None or not _is_number(value):
         return nearest(str(value), filter(None, names))
@@ -216,7 +218,7 @@ def _suggestion(value: Any, rule: dict[str, Any]) -> str | None:
         return None
     top = numeric.get("maximum", numeric.get("exclusiveMaximum", math.inf))
     if top == 1 and 2 <= number < 100:  # a percentage
-        return _text(number / 100)
+        return f"{number / 100:.12g}"
     if number >= top:
         return _text(top) if "maximum" in numeric else None
     return _text(max(number, numeric.get("minimum", number)))

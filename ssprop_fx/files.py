@@ -8,6 +8,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .errors import SSPropError
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before there is anything to write, what cannot be a file.
+
+    Raises:
+        SSPropError: ``path`` is a folder, or lies in none that can be written to.
+    """
+    folder = path.parent
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise SSPropError(f"{path} cannot be written: {problem}")
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file at once: whoever reads meanwhile sees the old one or the new one.

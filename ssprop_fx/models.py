@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import SSPropError, nearest
 
+_INSTALLED = tuple({sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")})  # where the user's own code is not
 FORMS = "torchvision:NAME, timm:NAME, package.module:CALLABLE or path/to/file.py:CALLABLE"
 
 
@@ -30,18 +34,22 @@ def load_model(name: str) -> nn.Module:
         name: ``torchvision:NAME`` or ``timm:NAME`` from their registries; else, after a module or the path of a Python
             file, a callable without arguments that returns a module, or a module itself.
 
+    What that prints goes to the standard error, so that it does not get into a command's JSON.
+
     Raises:
-        NameProblem: no such library, module, file, model or callable, or it fails, or what it gives is no ``nn.Module``.
+        NameProblem: no such library, module, file, model or callable, or what it gives is no ``nn.Module``.
+        SSPropError: the code that makes the model fails.
     """
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise NameProblem(f"{name!r} names no model; expected {FORMS}")
     try:
-        model = _LIBRARIES.get(source, _from_python)(source, attribute)
+        with contextlib.redirect_stdout(sys.stderr):
+            model = _LIBRARIES.get(source, _from_python)(source, attribute)
     except NameProblem:
         raise
     except (Exception, SystemExit) as problem:  # the user's own code may raise anything
-        raise NameProblem(f"{name} fails: {type(problem).__name__}: {first_line(problem)}") from problem
+        raise SSPropError(f"{name} fails: {told(problem)}") from problem
     if not isinstance(model, nn.Module):
         raise NameProblem(f"{name} gave {type(model).__name__}, not a torch.nn.Module")
     return model.train()
@@ -50,6 +58,16 @@ def load_model(name: str) -> nn.Module:
 def first_line(problem: BaseException) -> str:
     """What an exception says, in a line."""
     return (str(problem) or type(problem).__name__).partition("\n")[0]
+
+
+def told(problem: BaseException) -> str:
+    """What an exception is, what it says, and where in the user's own code it was raised: ``ValueError: odd (net.py:12)``."""
+    place = ""
+    for frame, line in traceback.walk_tb(problem.__traceback__):
+        file, package = frame.f_code.co_filename, frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != __package__ and not file.startswith((*_INSTALLED, "<")):
+            place = f" ({Path(file).name}:{line})"
+    return f"{type(problem).__name__}: {first_line(problem)}{place}"
 
 
 def make_input(shape: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,10 @@ def read_file(path: str | Path) -> Contents:
         PolicyError: the file cannot be read, is not YAML or has problems; each is given with its line.
     """
     reader = _YamlReader(str(path))
-    contents = checked(reader.read(_read(Path(path))), reader.where, reader.problems)
+    try:
+        contents = checked(reader.read(_read(Path(path))), reader.where, reader.problems)
+    except PolicyError as error:
+        raise PolicyError(map(reader.quoted, error.problems)) from None
     for index, rule in enumerate(contents.rules):
         rule._origin = f"{Path(path).name}:{reader.line(f'rules[{index}]')}"
     return contents
@@ -91,6 +95,7 @@ class _YamlReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self.lines: dict[str, int] = {}
+        self.numbers: dict[str, str] = {}  # as they are written
         self.problems: list[Problem] = []
 
     def read(self, text: bytes) -> Any:
@@ -99,17 +104,41 @@ class _YamlReader:
         self._yaml = yaml
         self._built: dict[int, Any] = {}
         try:
-            self._loader = yaml.SafeLoader(text)
+            self._loader = _loader()(text)
             node = self._loader.get_single_node()
             return None if node is None else self._build(node, "")
+        except RecursionError:
+            what = "lists and mappings lie too deep in one another"
+            raise PolicyError([Problem(f"{self.path}:1", "", what, "a policy", "write it flat")]) from None
+        except yaml.reader.ReaderError as error:
+            raise PolicyError([self._unreadable(text, error)]) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
             what = f"not YAML: {getattr(error, 'problem', None) or error}".replace("\n", " ")
             step = "indent with spaces, not with tabs" if "\\t" in what else "correct the syntax at this line"
+            if "unknown escape character" in what:
+                step = "write single quotes, 're:...', between which a backslash is a backslash"
             if "alias" in what or "alphabetic or numeric" in what:
                 step = 'quote the pattern, "*.conv1": YAML reads * and & at the start of a word as its own'
             place = f"{self.path}:{mark.line + 1 if mark else 1}"
             raise PolicyError([*self.problems, Problem(place, "", what, "one YAML document", step)]) from None
+
+    def _unreadable(self, text: bytes, error: Any) -> Problem:
+        """The problem of a file with a byte or a character that YAML does not read."""
+        if error.encoding == "unicode":
+            lines = text.decode("utf-8", "replace")[: error.position].count("\n")
+            what, step = f"the character U+{error.character:04X} is not allowed in YAML", "delete it"
+        else:
+            lines = text[: error.position].count(b"\n")
+            what, step = "the file is not UTF-8", "save it as UTF-8"
+        return Problem(f"{self.path}:{lines + 1}", "", what, "text in UTF-8", step)
+
+    def quoted(self, problem: Problem) -> Problem:
+        """A problem whose next step is to quote a number, which is to be as it was written: 1.10 is another name than 1.1."""
+        written = self.numbers.get(problem.key)
+        if written is None or not problem.next_step.startswith("quote it: "):
+            return problem
+        return replace(problem, next_step=f'quote it: "{written}"')
 
     def line(self, key: str) -> int:
         """Line of the key or, if it was not written, of what should hold it."""
@@ -146,6 +175,8 @@ class _YamlReader:
             reason = getattr(error, "problem", None) or error
             self._note(node, key, f"{node.value!r} cannot be read: {reason}", "a YAML value", "quote or correct it")
             return node.value
+        if type(value) in (int, float):
+            self.numbers[key] = node.value
         if type(value) in (int, float) and re.search(r"^[-+]?0[0-9_]|:", node.value):
             what = f"{node.value} is {value} in YAML 1.1, which reads base 8 and base 60"
             self._note(node, key, what, "a decimal number", "write it without leading zeros and colons", str(value))
@@ -177,14 +208,29 @@ class _YamlReader:
         self.problems.append(Problem(place, key, what, expected, step, near))
 
 
+@functools.cache
+def _loader() -> type:
+    """YAML's loader, to which 1e-05 is a number as well, as JSON writes it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    return Loader
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        siblings = sorted({p.name for p in path.parent.iterdir()} - {path.name}) if path.parent.is_dir() else []
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        try:
+            siblings = sorted({p.name for p in path.parent.iterdir()} - {path.name})
+        except (OSError, ValueError):
+            siblings = []
         step = "correct the path" if siblings else f"correct the path: {path.parent} is no directory with files"
         near = nearest(path.name, siblings)
-        what = f"the file cannot be read: {error.strerror or error}"
+        what = f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
         raise PolicyError([Problem(str(path), "", what, "a policy file", step, near)]) from None
 
 

@@ -163,13 +163,16 @@ class Report:
     def cycle(self) -> range:
         """The steps that a mean is taken over: all, if the schedule's ``total`` is known; else one period after warm-up."""
         schedule = self.policy.schedule
-        if schedule.total is not None:  # of very many steps some, apart by a number that has no part in common with the period
-            apart = -(-schedule.total // (1 << 20))
-            while gcd(apart, 2 * schedule.period) > 1:
-                apart += 1
-            return range(0, schedule.total, apart)
-        period = 1 if schedule.kind == "constant" else schedule.period
-        return range(schedule.warmup, schedule.warmup + min(lcm(period, 2) if schedule.interleave else period, 1 << 20))
+        if schedule.total is not None:
+            start, span = 0, schedule.total
+        else:
+            period = 1 if schedule.kind == "constant" else schedule.period
+            start, span = schedule.warmup, lcm(period, 2) if schedule.interleave else period
+        # of very many steps some, apart by a number that has no part in common with the period
+        apart = -(-span // (1 << 20))
+        while gcd(apart, 2 * schedule.period) > 1:
+            apart += 1
+        return range(start, start + span, apart)
 
     def factor_at(self, step: int) -> float:
         """The schedule's factor at a step, as the front end uses it (rounded to ``levels`` where compiled)."""
@@ -364,8 +367,10 @@ class Report:
     def summary(self) -> str:
         """Two to six lines: coverage, step, FLOPs, memory."""
         rewritten, would = sum(r.rewritten for r in self.rows), " would be" if self.front_end == "policy" else ""
+        linear = any(r.kind == "linear" for r in self.rows)
+        what = "layers" if linear else "convolutions"
         lines = [
-            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} convolutions{would} rewritten; "
+            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} {what}{would} rewritten; "
             f"step {self.step}, factor {self.factor:g}"
         ]
         if self.measurement is not None:
@@ -375,7 +380,8 @@ class Report:
             if self.measurement is not None:
                 why = "the measured step has no convolution's backward pass"
             return "\n".join([*lines, f"FLOPs: {why}"])
-        lines.append(f"backward convolution FLOPs of a step: {_saved(self.conv_flops)}")
+        kinds = "convolution and linear" if linear else "convolution"
+        lines.append(f"backward {kinds} FLOPs of a step: {_saved(self.conv_flops)}")
         unknown = sum(row.rewritten and row.flops_dense is None for row in self.rows)
         if unknown and self.measurement is None:
             lines.append(f"{unknown} of the rewritten layers not counted: their FLOPs are unknown {_UNKNOWN}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +102,7 @@ NUMBERS = frozenset(("rate", "kept", "backward MFLOP", "now"))
 def cells(row: Row) -> tuple[str, ...]:
     """A row's line in a table, one text for each of ``HEADER``."""
     return (
-        row.layer,
+        _printable(row.layer),
         row.kind,
         row.rung,
         f"{row.drop_rate:g}",
@@ -109,9 +110,14 @@ def cells(row: Row) -> tuple[str, ...]:
         "?" if row.output_shape is None else "×".join(map(str, row.output_shape)),
         "?" if row.flops_dense is None else f"{row.flops_dense / 1e6:.1f}",
         "?" if row.flops_now is None else f"{row.flops_now / 1e6:.1f}",
-        row.rule,
+        _printable(row.rule),
         row.reason,
     )
+
+
+def _printable(name: str) -> str:
+    """A name on one line: any text may be the key of a ``ModuleDict``."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def text_table(rows: Iterable[Row]) -> list[str]:
@@ -131,6 +137,11 @@ def text_table(rows: Iterable[Row]) -> list[str]:
 def markdown_table(rows: Iterable[Row]) -> list[str]:
     """The lines of a table in Markdown."""
     line = "| {} |".format
-    table = [line(" | ".join(row)) for row in (HEADER, *map(cells, rows))]
+    table = [line(" | ".join(map(_escaped, row))) for row in (HEADER, *map(cells, rows))]
     table.insert(1, line(" | ".join("---:" if c in NUMBERS else "---" for c in HEADER)))
     return table
+
+
+def _escaped(cell: str) -> str:
+    """A cell that Markdown shows as it is."""
+    return re.sub(r"([\\`*|])", r"\\\1", cell).replace("<", "&lt;")

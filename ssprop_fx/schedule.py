@@ -129,7 +129,7 @@ class Schedule(Checked):
         """Whether the factor is ever another than at step 0."""
         if self.warmup or self.cooldown or self.interleave:
             return True
-        return any(self.factor(step) != self.factor(0) for step in range(1, self.period))
+        return self.kind != "constant" and self.period > 1 and self.start != self.end
 
     def _dense(self, step: int) -> bool:
         """Whether warm-up, cool-down or interleave, which go before the kind, make this step dense."""

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from .arms import ARMS
 from .bench import bench as run_bench
-from .commands import JsonOption, PolicyOption, app, read_policy
+from .commands import JsonOption, PolicyOption, app, read_policy, running
 from .errors import SSPropError
+from .files import check_writable
 from .models import FORMS, NameProblem, first_line, load_model, make_input
 from .tuning import RATES, Tuned
 from .tuning import tune as run_tune
@@ -56,6 +57,8 @@ def tune(
     chosen = read_policy(policy)
     if output is not None and output.exists() and not force:
         raise SSPropError(f"{output} exists and is left as it is; choose another name, or --force")
+    if output is not None:
+        check_writable(output)
     built, inputs = _on_device(model, shapes, device, contiguous)
     console = Console(stderr=True)
     columns = (TextColumn("timing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -65,7 +68,7 @@ def tune(
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, description=text)
 
-        tuned = _running(model, shapes, lambda: run_tune(built, inputs, chosen, rates or RATES, progress))
+        tuned = running(model, shapes, lambda: run_tune(built, inputs, chosen, rates or RATES, progress))
     if output is not None:
         try:
             output.write_text(tuned.to_yaml(), encoding="utf-8")
@@ -110,6 +113,8 @@ def bench(
     """
     if amp not in (None, "bfloat16", "float16"):
         raise typer.BadParameter(f"{amp!r} is no autocast type; expected bfloat16 or float16")
+    if plot is not None:
+        check_writable(plot)
     chosen = read_policy(policy)
     built, inputs = _on_device(model, shapes, device, contiguous)
     console = Console(stderr=True)
@@ -120,7 +125,7 @@ def bench(
 
         dtype = getattr(torch, amp) if amp else None
         wanted = arms or ["dense", "ssprop", "dense-phase"]
-        result = _running(
+        result = running(
             model,
             shapes,
             lambda: run_bench(built, inputs, chosen, wanted, rounds, memory=memory, amp=dtype, progress=progress),
@@ -145,15 +150,6 @@ def _on_device(name: str, shapes: list[str], device: str, contiguous: bool) -> t
     for dims in used:
         model = model.to(memory_format=formats[dims])
     return model, tuple(x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format)) for x in inputs)
-
-
-def _running(name: str, shapes: list[str], work: Any) -> Any:
-    try:
-        return work()
-    except SSPropError:
-        raise
-    except Exception as problem:  # the model's own code may raise anything
-        raise SSPropError(f"{name} does not run on {', '.join(shapes)}: {first_line(problem)}") from problem
 
 
 def _table(tuned: Tuned) -> Table:

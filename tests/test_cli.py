@@ -1,6 +1,7 @@
 """The command ``ssprop-fx``: what it prints, its exit codes, and that nobody meets a traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,51 @@ def test_inspect_of_ones_own_model(run, net, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("net:fails", "net:fails fails: ImportError: the model's own problem (net.py:11)"),
+        ("net:needs", "net:needs fails: TypeError"),
+        ("net:leaves", "net:leaves fails: SystemExit: 5 (net.py:15)"),
+        ("broken:Net", "broken:Net fails: SyntaxError"),
+    ],
+)
+def test_a_model_whose_code_fails_is_exit_code_1_and_says_where(run, net, name, message):
+    code, out, err = run("inspect", name)
+    assert (code, out) == (1, "")
+    assert message in " ".join(err.split())
+
+
+def test_what_a_model_prints_is_no_part_of_the_json(run, net):
+    with net.open("a") as file:
+        file.write("print('loading')\nclass Loud(Net):\n    def forward(self, x):\n        print('running')\n")
+        file.write("        return super().forward(x)\n")
+    code, out, err = run("inspect", "net.py:Loud", "-i", "2x3x8x8", "--json")
+    assert code == 0
+    assert len(json.loads(out)["rows"]) == 2
+    assert {"loading", "running"} <= set(err.split())
+
+
+@pytest.mark.parametrize(
+    "command", [("inspect", "--html"), ("tune", "-o"), ("bench", "--plot")], ids=lambda command: command[0]
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(run, net, monkeypatch, tmp_path, command):
+    name, option = command
+    monkeypatch.setattr("ssprop_fx.commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ssprop_fx.timing_commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    for path, why in ((tmp_path / "no" / "file", "there is no folder"), (tmp_path, "it is a folder")):
+        code, out, err = run(name, "net:Net", "-i", "2x3x8x8", option, str(path), *(["--force"] if name == "tune" else []))
+        assert (code, out) == (1, "")
+        assert f"cannot be written: {why}" in err
+
+
+def test_the_module_is_the_command_and_a_terminal_of_few_characters_serves(net):
+    arguments = [sys.executable, "-m", "ssprop_fx", "inspect", "net:Net", "-i", "2x3x8x8"]
+    done = subprocess.run(arguments, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"2?32?6?6" in done.stdout
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["resnet18", "-i", "1x3x8x8"], "torchvision:NAME"),
@@ -231,10 +277,6 @@ def test_inspect_of_ones_own_model(run, net, name):
         (["nett.py:Net", "-i", "1x3x8x8"], "nearest: net.py"),
         (["net:Net", "-i", "1,3,8,8"], "no shape"),
         (["net:Net", "--compile"], "--input"),
-        (["net:fails"], "net:fails fails: ImportError: the model's own problem"),
-        (["net:needs"], "net:needs fails: TypeError"),
-        (["net:leaves"], "net:leaves fails: SystemExit: 5"),
-        (["broken:Net"], "broken:Net fails: SyntaxError"),
         (["torchvison:resnet18"], "nearest: torchvision"),
         (["net:Net", "-i", "99999999999999999999x3x8x8"], "cannot be made"),
     ],

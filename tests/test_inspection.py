@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import re
 import sys
 import weakref
 
@@ -176,6 +177,35 @@ def test_json_round_trip(resnet):
     assert json.loads(report.to_json()) == report.to_dict()
     assert report.to_dict()["rows"][0]["input_shape"] == [2, 3, 64, 64]
     assert Policy.from_dict(report.to_dict()["policy"]).digest == report.policy.digest
+
+
+def test_any_layer_name_is_one_cell_of_a_table():
+    class Named(nn.ModuleDict):
+        def forward(self, x):
+            return sum(layer(x) for layer in self.values())
+
+    names = ["a|b", "two\nlines", "<b>c</b>", "back`tick", "plain_name"]
+    report = ssprop_fx.inspect(ssprop_fx.transform(Named({name: nn.Conv2d(3, 4, 1) for name in names}), Policy(drop_rate=0.5)))
+    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(names)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "<b>" not in report.to_markdown()
+    assert "| plain_name |" in report.to_markdown()
+    assert len(str(report).splitlines()) == len(report.summary().splitlines()) + 3 + len(names)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        ({"kind": "linear", "period": 2_000_000, "repeat": False}, 0.5),
+        ({"kind": "bar", "period": 10**9}, 0.5),
+        ({"kind": "bar", "period": 10**9 + 7, "warmup": 5}, 0.5),
+    ],
+)
+def test_the_mean_over_a_very_long_period_is_over_all_of_it(schedule, share):
+    model = ssprop_fx.transform(nn.Conv2d(3, 8, 3), Policy(drop_rate=0.5, schedule=schedule))
+    flops = ssprop_fx.inspect(model, torch.randn(2, 3, 8, 8)).conv_flops
+    assert 1 - flops["mean"] / flops["dense"] == pytest.approx(0.5 * share, rel=0.01)
 
 
 def test_markdown_is_a_table_with_a_line_for_each_row(resnet):

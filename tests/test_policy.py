@@ -170,7 +170,6 @@ MALFORMED = [
     ("drop_rate: true", 1, "drop_rate", "a number", None),
     ("drop_rate: off", 1, "drop_rate", "a number", None),
     ('drop_rate: "0.8"', 1, "drop_rate", "a number", "0.8"),
-    ("drop_rate: 8e-1", 1, "drop_rate", "a number", "0.8"),
     ("drop_rate:\n", 1, "drop_rate", "a number", None),
     ("drop_rate: [0.5]", 1, "drop_rate", "a number", None),
     ("criterion: L2", 1, "criterion", "one of l1, l2, taylor, random", "l2"),
@@ -240,11 +239,44 @@ MALFORMED = [
     ("schedule:\n\tkind: bar", 2, "", "one YAML document", None),
     ("rules: [", 1, "", "one YAML document", None),
     ("version: 1\n---\nversion: 1", 2, "", "one YAML document", None),
-    (b"version: 1 # \xff", 1, "", "one YAML document", None),
+    (b"version: 1 # \xff", 1, "", "text in UTF-8", None),
+    ("version: 1\n\n# caf\u00e9\ndrop_rate: 0.5".encode("latin-1"), 3, "", "text in UTF-8", None),
+    ("version: 1\n\n\n# \u00e9\nrules: []  # \x07", 5, "", "text in UTF-8", None),
+    ("rules: " + "[" * 5000, 1, "", "a policy", None),
+    ("schedule:\n  warmup: 10%", 2, "schedule.warmup", "a whole number", None),
+    ("drop_rate: 99.9", 1, "drop_rate", "0 <= drop_rate < 1", "0.999"),
     ("", 1, "", "a mapping with the keys version, drop_rate", None),
     ("# only a comment\n", 1, "", "a mapping with the keys version, drop_rate", None),
     ("- drop_rate: 0.5", 1, "", "a mapping with the keys version, drop_rate", None),
 ]
+
+
+@pytest.mark.parametrize("name", ["1.0", "1.10", "007", "1e5"])
+def test_a_name_that_yaml_takes_for_a_number_is_to_be_quoted_as_it_was_written(write, name):
+    with pytest.raises(PolicyError, match=rf'Next step: quote it: "{name}"\.'):
+        Policy.load(write(f"rules:\n- layers: {name}\n  drop_rate: 0.1"))
+    assert Policy.load(write(f'rules:\n- layers: "{name}"\n  drop_rate: 0.1')).rules[0].layers == (name,)
+
+
+def test_a_regular_expression_in_double_quotes_is_to_be_in_single_ones(write):
+    with pytest.raises(PolicyError, match="write single quotes"):
+        Policy.load(write('rules:\n- layers: "re:layer\\d"\n  drop_rate: 0.1'))
+
+
+@pytest.mark.parametrize(("text", "rate"), [("1e-05", 1e-5), ("8e-1", 0.8), ("+5E-1", 0.5), ("0.5", 0.5)])
+def test_numbers_as_json_writes_them_are_numbers(write, text, rate):
+    assert Policy.load(write(f"drop_rate: {text}")).drop_rate == rate
+    assert Policy.load(write(json.dumps(Policy(drop_rate=rate).to_dict()))).drop_rate == rate
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error_of_the_policy(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for path in (tmp_path / "policy.yaml", "a\0b"):
+        with pytest.raises(PolicyError, match=r"the file cannot be read.*Next step: correct the path"):
+            Policy.load(path)
 
 
 @pytest.mark.parametrize(("text", "line", "key", "expected", "near"), MALFORMED)

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import CRITERIA, generated
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import ssprop_fx
 from ssprop_fx.selection import (
     Demand,
     choices,
@@ -261,3 +263,44 @@ def test_random_gives_each_channel_its_chance():
 def test_an_unknown_criterion_is_an_error():
     with pytest.raises(ValueError, match="unknown criterion 'l3'.*" + ".*".join(CRITERIA)):
         importance(*gradient(), "l3")
+
+
+def frozen(model, *names):
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def chain(*channels, kernel=3):
+    return nn.Sequential(*(nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b in itertools.pairwise(channels)))
+
+
+BUDGETS = {
+    "first layer without an input gradient": (chain(40, 40, 40, 40, 40), 0.5, []),
+    "two layers and a narrow one": (chain(48, 48, 48, 10), 0.5, []),
+    "dense input gradients": (chain(40, 40, 40, 40, 40), 0.5, [{"layers": "[12]", "gradients": "weight"}]),
+    "frozen in front": (frozen(chain(3, 64, 64, 128, 128, 128), "0", "1"), 0.8, []),
+    "frozen within": (frozen(chain(3, 64, 64, 128, 128, 128), "2", "3"), 0.7, []),
+    "wide kernel in front": (nn.Sequential(chain(3, 32, kernel=7), chain(32, 64, 64)), 0.6, []),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["transform", "backend"])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_rounding_keeps_the_flops_of_the_gradients_that_are_computed(name, compiled):
+    model, rate, rules = BUDGETS[name]
+    x = torch.randn(2, next(model.parameters()).shape[1], 8, 8)
+    chosen = ssprop_fx.Policy(drop_rate=rate, schedule={"kind": "constant"}, rules=rules)
+    if compiled:
+        torch._dynamo.reset()
+        made = torch.compile(model, backend="ssprop", options={"inner": "aot_eager", "policy": chosen})
+    else:
+        made = ssprop_fx.transform(model, chosen)
+    made(x).square().mean().backward()
+    report = ssprop_fx.inspect(made)
+    asked = 0.0
+    for row in report.rows:
+        for call in report.calls[row.layer]:
+            of_input, of_weight = call.needs
+            asked += call.forward_flops() * (of_input * (row.gradients == "weight" or 1 - rate) + of_weight * (1 - rate))
+    assert report.flops_now == pytest.approx(asked, rel=0.02)
