@@ -20,13 +20,13 @@ from ._compat import in_backward, is_compiled, is_optimized_module
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
-from .errors import TransformError
+from .errors import SSPropError, TransformError
 from .functions import handled
 from .naming import plain_name, unwrap
 from .policy import Policy, Settings
 from .sharing import shared_copy
 from .steps import attributes_put_back, call_model, training_step, undone
-from .transform import Transformation, transform, transformation_of, transformed_parts
+from .transform import Transformation, is_sharded, transform, transformation_of, transformed_parts
 
 _FORWARD = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
@@ -155,8 +155,13 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Raises:
-        SSPropError: no output of the model carries a gradient.
+        SSPropError: no output of the model carries a gradient, or the model is sharded.
     """
+    if is_sharded(model):
+        raise SSPropError(
+            "a model that FSDP has sharded cannot be measured, since a copy of it would share what FSDP frees; inspect it "
+            "without example inputs after a step, or with them before it is sharded"
+        )
     try:
         return _measure(model, example_inputs)
     finally:

@@ -49,7 +49,8 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
             and shapes and FLOPs are known without a step of your own.
 
     Raises:
-        SSPropError: the model is neither, or it is compiled and no graph has been captured yet.
+        SSPropError: the model is neither, or it is compiled and no graph has been captured yet, or there are example
+            inputs for a model that FSDP has sharded.
 
     Examples:
         >>> policy = ssprop_fx.Policy(drop_rate=0.75, schedule={"kind": "constant"})

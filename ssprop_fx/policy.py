@@ -160,7 +160,9 @@ class Policy:
         if "linear" in kinds and values["drop_rate"] > 0 and values["drop_over"] in ("space", "channels_space"):
             what = f"linear layers such as {name} have no space, and {decided} drops over {values['drop_over']}"
             step = "write `drop_over` in the rule for linear layers"
-            raise PolicyError([Problem("Policy(...)", "drop_over", what, "channels or channels_per_sample", step, "channels")])
+            deciding = [rule.origin for rule in self.rules if rule.selects(name, kinds)]
+            where = (deciding and deciding[-1]) or "Policy(...)"
+            raise PolicyError([Problem(where, "drop_over", what, "channels or channels_per_sample", step, "channels")])
         return Settings(**values, rule=decided)
 
     def unmatched_rules(self, layers: Layers) -> list[Problem]:

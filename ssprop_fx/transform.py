@@ -266,10 +266,15 @@ def _refuse(model: Any) -> None:
             f"{part or 'the model'} is part of a model that has been transformed already; "
             "take the parts of the original model, which shares its parameters, and call transform on what you build of them"
         )
+    if is_sharded(model):
+        raise TransformError("the model's parameters are sharded by FSDP; call transform first and shard its result")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP, of either kind, has sharded a model or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrappers = tuple(getattr(fsdp, n) for n in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, n))
-    if any(isinstance(module, wrappers) for module in model.modules()):
-        raise TransformError("the model's parameters are sharded by FSDP; call transform first and shard its result")
+    return any(isinstance(module, wrappers) for module in model.modules())
 
 
 def _refuse_to_script() -> None:

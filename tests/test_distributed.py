@@ -111,6 +111,8 @@ def test_names_and_gradients_survive_fsdp2(front_end, tmp_path):
             model = torch.compile(model, backend="ssprop", options=options)
         got = {name: grad.full_tensor() for name, grad in gradients(model, images(0)).items()}
         report = ssprop_fx.inspect(model)
+        with pytest.raises(ssprop_fx.SSPropError, match="FSDP has sharded cannot be measured"):
+            ssprop_fx.inspect(model, images(0))
         assert {row.layer for row in report.rows} == {"stem", "blocks.0.conv", "blocks.1.conv"}
         for row in report.rows:  # the stem runs in a frame that FSDP's hooks break: the backend alone does not see it
             assert row.rewritten or (front_end == "backend" and row.layer == "stem" and "no captured graph" in row.reason)
