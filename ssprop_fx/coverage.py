@@ -7,7 +7,7 @@ import functools
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -225,7 +225,7 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
     """The convolution backwards of a step by layer, function and kinds of each layer, as ``transform`` would find them."""
     made: Counter[str] = Counter()
     try:
-        model = _uncompiled(shared_copy(user_model, share_listeners=False))
+        model = _uncompiled(shared_copy(user_model, share_listeners=False), set(user_model.modules()))
         model = transform(model, Policy(drop_rate=0.5, schedule={"kind": "constant"}))
     except TransformError:  # scripted, for one
         return made, {}
@@ -239,9 +239,9 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
     return found, {plain_name(layer): (site.spec.name, site.kinds) for layer, site in record.sites.items()}
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """A model, given to be changed, whose parts are what they were before ``torch.compile``."""
-    for module in list(model.modules()):
+def _uncompiled(model: nn.Module, originals: Set[nn.Module]) -> nn.Module:
+    """A copy of a model, its parts as they were before ``torch.compile``; what it shares of the ``originals`` is left alone."""
+    for module in set(model.modules()) - originals:
         vars(module).pop("_compiled_call_impl", None)
         for name, child in module._modules.items():
             if child is not None and is_optimized_module(child):

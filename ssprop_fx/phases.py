@@ -30,7 +30,7 @@ from .profit import Timing, settle
 if TYPE_CHECKING:
     from .records import GraphRecord
 
-_runs = itertools.count()
+events = itertools.count()  # a graph that was made, a backward pass that began
 lock = threading.RLock()  # lowering, and unpickling what is lowered, goes one at a time
 
 
@@ -95,7 +95,7 @@ class PhaseDispatcher:
         self.by_count: dict[tuple[int, ...], Callable[..., Any]] = {}
 
     def __call__(self, inputs: list[Any]) -> Any:
-        self.record.ran = next(_runs)
+        self.record.ran = next(events)
         if self.symbolic:
             self._sizes = [tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in inputs]
         factors = tuple(self.record.clock_of(a.policy).quantized_factor for a in self.allocations)

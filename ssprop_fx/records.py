@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from torch.fx import GraphModule
 
 from .allocation import Allocation
 from .passes import Decision
-from .phases import LazyGraphs, PhaseDispatcher
+from .phases import LazyGraphs, PhaseDispatcher, events
 from .policy import Policy, Settings
 from .shared_code import SharedCode
 
@@ -32,7 +31,7 @@ class GraphRecord:
         lowered: kept counts by node of a phase → the backward graph as lowered for it.
         compile_id: Dynamo's, ``0/1``.
         index: number of the graph among those of its policy.
-        number: running number of the graph in this process.
+        number: larger than that of graphs made before, and than ``ran`` of those run before.
         forward_compiles: how often the forward was compiled.
         seconds: compile times, ``forward`` and one entry per phase.
         shared: the further modules that the code has run for.
@@ -53,7 +52,7 @@ class GraphRecord:
     compile_id: Any = None
     index: int = 0
     ran: int = -1
-    number: int = field(default_factory=itertools.count().__next__)
+    number: int = field(default_factory=events.__next__)
 
     @property
     def forward(self) -> GraphModule | None:
@@ -133,12 +132,12 @@ def state_of(policy: Policy) -> CompiledState:
 def records_of(model: torch.nn.Module) -> list[tuple[Policy, GraphRecord]]:
     """The graphs that the backend compiled for a model, oldest first, with the policy of each.
 
-    Where the model was compiled more than once, those of the policy that it trained by last, or of the newest before.
+    Where the model was compiled more than once, those of the policy that it was compiled with or trained by last.
     """
     records = [record for policy in list(_policies) for record in state_of(policy).records if record.serves(model)]
     records.sort(key=lambda record: record.number)
     found = [(record.shared.policy_of(model), record) for record in records]
-    last = max(found, key=lambda pair: (pair[1].ran, pair[1].number), default=None)
+    last = max(found, key=lambda pair: max(pair[1].ran, pair[1].number), default=None)
     return [pair for pair in found if last is not None and pair[0] is last[0]]
 
 

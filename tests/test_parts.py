@@ -175,3 +175,7 @@ def test_of_two_policies_the_report_is_of_the_one_that_trained_last():
     for compiled, kept in ((some, 6), (many, 2), (some, 6)):
         compiled(X).sum().backward()
         assert ssprop_fx.inspect(compiled)["head"].kept == kept
+    dense = torch.compile(model, **options(policy(drop_rate=0.0)))
+    dense(X)
+    assert ssprop_fx.inspect(dense)["head"].kept == 8
+    assert ssprop_fx.inspect(dense)["head"].drop_rate == 0
