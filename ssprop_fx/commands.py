@@ -147,10 +147,10 @@ def policy_check(
         valid = {"file": str(file), "valid": True, "problems": [], "digest": policy.digest, "policy": policy.to_dict()}
         print(json.dumps(valid, indent=2))
         return
-    schedule = policy.schedule
+    schedule, rules = policy.schedule, len(policy.rules)
     print(
         f"{file}: valid. Drop rate {policy.drop_rate:g}, {policy.criterion}, schedule {schedule.kind} "
-        f"({schedule.clock} clock), {len(policy.rules)} rules."
+        f"({schedule.clock} clock), {rules} {'rule' if rules == 1 else 'rules'}."
     )
 
 

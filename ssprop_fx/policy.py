@@ -97,7 +97,8 @@ class Policy:
 
     def __repr__(self) -> str:
         words = [f"{key}={getattr(self, key)!r}" for key in OVERRIDABLE]
-        words += [f"schedule={self.schedule.kind}, {len(self.rules)} rules"]
+        rules = len(self.rules)
+        words += [f"schedule={self.schedule.kind}, {rules} {'rule' if rules == 1 else 'rules'}"]
         return f"<Policy {', '.join(words)}; step {self.steps}, factor {self.factor:g}>"
 
     @property
