@@ -166,8 +166,12 @@ class Policy:
             raise PolicyError([Problem(where, "drop_over", what, "channels or channels_per_sample", step, "channels")])
         return Settings(**values, rule=decided)
 
-    def unmatched_rules(self, layers: Layers) -> list[Problem]:
-        """A problem for each rule, other than the optional ones, that is of no effect on ``layers``."""
+    def unmatched_rules(self, layers: Layers, aliases: Mapping[str, str] | None = None) -> list[Problem]:
+        """A problem for each rule, other than the optional ones, that is of no effect on ``layers``.
+
+        Args:
+            aliases: further name -> layer name, of modules that have several; a rule goes by layer names only.
+        """
         meant = {
             name: kinds
             for name, kinds in layers.items()
@@ -177,7 +181,7 @@ class Policy:
         for index, rule in enumerate(self.rules):
             among = layers if rule.drop_rate == 0 else meant  # linear layers are dense: asking for that is no fault
             if not rule.optional and not any(rule.selects(name, kinds) for name, kinds in among.items()):
-                problems.append(unmatched(rule, f"rules[{index}]", layers))
+                problems.append(unmatched(rule, f"rules[{index}]", layers, aliases or {}))
         return problems
 
     @property

@@ -272,7 +272,7 @@ class Contents(Checked):
     )
 
 
-def unmatched(rule: Rule, key: str, layers: Layers) -> Problem:
+def unmatched(rule: Rule, key: str, layers: Layers, aliases: Mapping[str, str]) -> Problem:
     """Why the rule, which stands at ``key``, is of no effect on ``layers``, and the nearest that would be."""
     where = rule.origin or "Policy(...)"
     selected = {kind for name, kinds in layers.items() if rule.selects_name(name) for kind in kinds}
@@ -287,6 +287,9 @@ def unmatched(rule: Rule, key: str, layers: Layers) -> Problem:
     if not layers or rule.layers is None:
         what = f"no layer of {len(layers)} matches"
         return Problem(where, key, what, "a model with layers that the rule selects", _NO_MATCH)
+    if alias := next(filter(rule.selects_name, aliases), None):
+        what = f"{alias!r} is another name of the layer {aliases[alias]!r}"
+        return Problem(where, f"{key}.layers", what, "the first name that a module has", _NO_MATCH, aliases[alias])
     what = f"no layer of {len(layers)} is named {' or '.join(map(repr, rule.layers))}"
     parts = [name.split(".") for name in layers]
     globs = {".".join(part[:end]) + ".*" for part in parts for end in range(1, len(part))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from .calls import functional_name
 from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
-from .naming import plain_modules
+from .naming import plain_modules, plain_name
 from .policy import KINDS, Policy, Settings
 from .reach import may_call_convolution
 
@@ -71,7 +71,8 @@ def assign_checked(model: nn.Module, policy: Policy, plain: bool = False) -> dic
                 everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
     if problems := policy.unmatched_rules(everything):
         at_fault = {problem.key.partition(".")[0] for problem in problems}
-        raise PolicyError([p for p in policy.unmatched_rules(layers) if p.key.partition(".")[0] in at_fault])
+        found = policy.unmatched_rules(layers, _aliases(model, layers, plain))
+        raise PolicyError([p for p in found if p.key.partition(".")[0] in at_fault])
     assigned = policy.assign(layers, require_match=False)
     return {k: s for k, s in assigned.items() if LINEAR.name not in layers[k] or s.drop_rate > 0}
 
@@ -85,6 +86,13 @@ def scripted_convolutions(model: nn.Module, plain: bool = False) -> Iterator[str
 
 def _modules(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
     return plain_modules(model) if plain else iter(model.named_modules())
+
+
+def _aliases(model: nn.Module, layers: Collection[str], plain: bool) -> dict[str, str]:
+    """Further name → layer name, for the layers whose module stands in the model more than once."""
+    first = {id(module): name for name, module in _modules(model, plain) if name in layers}
+    every = ((plain_name(n) if plain else n, m) for n, m in model.named_modules(remove_duplicate=False))
+    return {name: first[id(module)] for name, module in every if name != first.get(id(module), name)}
 
 
 def _containers(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:

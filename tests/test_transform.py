@@ -227,6 +227,16 @@ def test_shared_module_is_one_layer_called_twice():
     assert 0 <= zero_rows(sparse["0.weight"]) < 3  # each call chose for itself
 
 
+def test_a_rule_for_a_shared_modules_other_name_is_told_its_first():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    original = nn.ModuleDict({"stem": conv, "head": nn.Sequential(conv, nn.ReLU())})
+    for pattern in ("head.0", "head.*"):
+        with pytest.raises(PolicyError, match=r"'head\.0' is another name of the layer 'stem'.*Nearest: stem\."):
+            transform(original, Policy(rules=[{"layers": pattern, "drop_rate": 0.5}]))
+    with pytest.raises(PolicyError, match=r"no layer that `layers` matches is of kind depthwise"):
+        transform(original, Policy(rules=[{"layers": "*e*", "kind": "depthwise", "drop_rate": 0.5}]))
+
+
 def test_refuses_a_model_without_convolutions_and_lists_what_it_holds():
     with pytest.raises(TransformError, match=r"Sequential has no convolution.*2 × Linear, 1 × ReLU"):
         transform(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), policy())
