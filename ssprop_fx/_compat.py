@@ -30,6 +30,11 @@ def functorch_active() -> bool:
     return _maybe_current_level() is not None
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a compiler records what is done with ``tensor``; before 2.13 it does not say so inside ``autograd.grad``."""
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((tensor,)) is not None
+
+
 def in_batch_of_gradients(grad: torch.Tensor) -> bool:
     """Whether a gradient is one of those that ``torch.autograd.grad(is_grads_batched=True)`` computes together."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)

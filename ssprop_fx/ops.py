@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import is_traced
 from .allocation import allocation_for, live_allocation, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
@@ -113,7 +114,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple:
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[1], ctx.has_bias and needs[2]]
     call = (*rest[:6], mask, *rest[6:])
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_traced(grad):
         # double backward: the same gradients from differentiable operations
         args = ConvArgs(*rest[:6])
         keep = kept_now(rest[6], rest[7], rest[9], rest[11], weight, args)

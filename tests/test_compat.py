@@ -24,6 +24,23 @@ def test_functorch_is_seen_inside_its_transforms_only():
     assert not _compat.functorch_active()
 
 
+def test_tracing_is_seen_by_the_tensors_and_by_the_compiler():
+    real = torch.ones(2)
+    assert not _compat.is_traced(real)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(real)
+    assert _compat.is_traced(fake)
+    seen = []
+
+    def noted(graph, inputs):
+        seen.append(_compat.is_traced(real))
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=noted)(real)
+    assert seen == [True]
+    assert not _compat.is_traced(real)
+
+
 def test_dual_numbers_are_seen_inside_of_forward_mode_only():
     assert not _compat.forward_ad_active()
     with forward_ad.dual_level():

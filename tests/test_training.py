@@ -376,6 +376,7 @@ def test_a_gradient_penalty_inside_of_compiled_code_is_refused_clearly():
         torch.compile(penalty, backend="ssprop", options={"policy": policy(), "inner": "aot_eager"})(net, x).backward()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="operators could not be differentiated by traced torch.func before")
 def test_torch_func_inside_of_compiled_code_wants_the_model_transformed_first():
     torch._dynamo.reset()
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8)
