@@ -154,12 +154,12 @@ class GraphNames:
         self.index, self.graph_module = index or ModuleIndex(), graph_module
         self.roots: dict[int, nn.Module] = {}
         self.owners: dict[str, nn.Module] = {}
-        self._counts: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, str, str], int] = {}
 
     def __call__(self, node: Node, spec: ConvSpec) -> tuple[str, bool]:
         """(layer name, whether the call is a functional one) of a convolution node."""
         stack = list((node.meta.get("nn_module_stack") or {}).items())
-        key, owner, is_layer, module = "", "", False, None
+        key, text, owner, is_layer, module = "", "", "", False, None
         while stack and self._in_no_model(stack[-1][0], others=len(stack) > 1):
             stack.pop()  # a convolution that lies in a list, say: a call of the module that has it
         if stack:
@@ -178,8 +178,9 @@ class GraphNames:
             owner, root = self.index.name(module), self.index.root(module)
             self.roots[id(root)] = root
             is_layer = spec_of_module(module, linear=spec.dim == 0) is spec
-        nth = self._counts.get((key, spec.name), 0)
-        self._counts[key, spec.name] = nth + 1
+        # one run of a module: Dynamo numbers the runs under each of its names, so that the key alone may be another run's
+        nth = self._counts.get((key, text, spec.name), 0)
+        self._counts[key, text, spec.name] = nth + 1
         own_call = is_layer and nth == 0
         layer = owner if own_call else functional_name(owner, spec.name, nth)
         if module is not None:

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -105,6 +106,55 @@ def test_layers_have_the_names_that_users_know():
     gradients(compiled(model, bar()), IMAGES)
     expected = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert [row.layer for row in ssprop_fx.inspect(model).rows] == expected
+
+
+def test_a_module_that_runs_under_several_names_is_one_layer():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) + F.conv2d(F.conv2d(x, self.weight), self.weight)
+
+    class Held(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.again, self.own = part, nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.own(self.again(x).tanh())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+            self.blocks = nn.ModuleList(Held(self.part) for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.part(self.part(x).tanh())
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 4, 6, 6)
+    rules = [{"layers": "part.conv", "drop_rate": 0.5}, {"layers": "part#conv2d.1", "drop_rate": 0}]
+    policies = [bar(schedule={"kind": "constant"}, rules=rules) for _ in range(2)]
+    transformed = ssprop_fx.transform(model, policies[0])
+    expected, report = gradients(transformed, x), ssprop_fx.inspect(transformed, x)
+    assert {row.layer: row.calls for row in report.rows} == {
+        "part.conv": 4,
+        "part#conv2d.0": 4,
+        "part#conv2d.1": 4,
+        "blocks.0.own": 1,
+        "blocks.1.own": 1,
+    }
+    run = compiled(model, policies[1])
+    ours, found = gradients(run, x), ssprop_fx.inspect(run)
+    assert {row.layer: (row.calls, row.kept) for row in found.rows} == {r.layer: (r.calls, r.kept) for r in report.rows}
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_names_and_gradients_survive_a_graph_break():
