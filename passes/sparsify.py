@@ -123,44 +123,27 @@ def _examples(module: Any, spec: ConvSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _prepare(graph, spec, bound, examples=None) -> tuple[Any, ConvArgs, bool]:
     """``ConvSpec.prepare`` on a graph: its tensor operations become nodes."""
-    recorded: list[tuple[Any, tuple]] = []
     value, weight = examples or (example_value(bound["input"]), example_value(bound["weight"]))
-    n = spec.dim
-    batched = n == 0 or value is None or value.dim() == n + 2
-    simple = not isinstance(bound.get("padding"), str)
-    node = bound["input"]
     geometry = {k: v for k, v in bound.items() if k not in ("input", "weight", "bias")}
-    if batched and simple:
-        return node, spec.prepare(_Batched(n), weight, **geometry).args, False
-    if value is None or weight is None:
+    if isinstance(bound.get("padding"), str) and (value is None or weight is None):
         raise ValueError(f"{spec.name} with padding {bound['padding']!r} needs example values on its inputs")
-    with _recording(recorded):
-        call = spec.prepare(value, weight, **geometry)
-    for function, rest in recorded:
-        node = graph.call_function(function, (node, *rest))
-    return node, call.args, call.unbatched
+    call = spec.prepare(_Input(bound["input"], spec.dim + 2 if value is None else value.dim()), weight, **geometry)
+    return call.input.node, call.args, call.unbatched
 
 
-class _Batched:
-    """Stands in for an input that is known to be batched."""
+class _Input:
+    """Stands in for a node's value, which nothing can be computed with any more if ``vmap`` made it: writes nodes."""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, node: Any, dim: int) -> None:
+        self.node, self._dim = node, dim
 
     def dim(self) -> int:
-        return self.n + 2
+        return self._dim
 
+    def unsqueeze(self, dim: int) -> _Input:
+        return _Input(self.node.graph.call_function(torch.unsqueeze, (self.node, dim)), self._dim + 1)
 
-class _recording(torch.overrides.TorchFunctionMode):
-    """Writes down the tensor operations that ``prepare`` applies to the input."""
-
-    def __init__(self, calls: list[tuple[Any, tuple]]) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.Tensor.unsqueeze, torch.constant_pad_nd):
-            target = torch.unsqueeze if func is torch.Tensor.unsqueeze else func
-            self.calls.append((target, tuple(args[1:])))
-        return result
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Input:
+        input, *rest = args
+        return cls(input.node.graph.call_function(func, (input.node, *rest), kwargs), input.dim())

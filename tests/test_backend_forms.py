@@ -447,3 +447,31 @@ def test_inductor_equals_transform_on_every_form(changes):
         model, x = model_and_input(form)
         expected = gradients(ssprop_fx.transform(model, policy(**changes)), x)
         assert_same(gradients(ours(model, policy(**changes), "inductor"), x), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.Conv1d(4, 8, 3), (4, 9)),
+        (lambda: nn.Conv2d(4, 8, 3, groups=2), (4, 6, 6)),
+        (lambda: nn.Conv2d(4, 8, 3), (1, 4, 6, 6)),
+        (lambda: nn.Conv2d(4, 8, (2, 3), padding="same"), (4, 6, 6)),
+        (lambda: nn.Conv2d(4, 8, (2, 3), padding="same"), (1, 4, 6, 6)),
+        (lambda: nn.ConvTranspose2d(4, 8, 3), (4, 5, 5)),
+    ],
+    ids=["1d", "2d grouped", "batched", "same", "same, batched", "transposed"],
+)
+def test_a_convolution_under_vmap_equals_transform(build, shape):
+    class Each(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = build()
+
+        def forward(self, x):
+            return torch.vmap(lambda sample: self.conv(sample).tanh())(x)
+
+    torch.manual_seed(0)
+    model, x = Each().double(), torch.randn(3, *shape, dtype=torch.float64)
+    expected = gradients(ssprop_fx.transform(model, policy()), x)
+    assert_same(gradients(ours(model, policy()), x), expected)
+    assert not torch.allclose(gradients(model, x)[2], expected[2])
