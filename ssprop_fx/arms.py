@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .convolutions import spec_of_module
 from .coverage import BackwardCounter
+from .errors import SSPropError, nearest
 from .policy import Policy
 from .selection import importance, keep_count, kept_channels
 from .transform import transform
@@ -75,7 +76,7 @@ class Turns(nn.Module):
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         super().__init__()
-        self.policy = _rescheduled(policy, kind="bar", period=2)
+        self.policy = policy.rescheduled(kind="bar", period=2)
         self.model = _compiled(model, self.policy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,11 +86,20 @@ class Turns(nn.Module):
 
 def at_factor(policy: Policy, factor: float) -> Policy:
     """The policy with a schedule that stands still, for measuring one of its phases."""
-    return _rescheduled(policy, kind="constant", start=factor, end=factor)
+    return policy.rescheduled(kind="constant", start=factor, end=factor)
 
 
-def _rescheduled(policy: Policy, **schedule: Any) -> Policy:
-    return Policy(**policy.to_dict() | {"schedule": schedule})
+def check_arms(names: Sequence[str]) -> None:
+    """Raise an error with the nearest arm for a name that is none.
+
+    Raises:
+        SSPropError: that error.
+    """
+    for name in names:
+        if name not in ARMS:
+            near = nearest(name, ARMS)
+            hint = f"; nearest: {near}" if near else ""
+            raise SSPropError(f"{name!r} is no arm; expected some of {', '.join(ARMS)}{hint}")
 
 
 def base_of(arm: str) -> str:

@@ -38,7 +38,7 @@ from ._compat import (
 )
 from .allocation import allocation_for
 from .convolutions import LINEAR, ConvArgs, run
-from .errors import SSPropError
+from .errors import SSPropError, cause_of
 from .logs import graph_rewritten
 from .naming import GraphNames, module_index
 from .options import check_names, default_policy, forget_files, policy_for
@@ -64,6 +64,11 @@ _LAST = (
     "PyTorch compiles no code more often than torch._dynamo.config.recompile_limit says, and has now done so with code that "
     "holds convolutions: whatever needs another compile of it runs eagerly, and trains dense. For model after model in one "
     "process call torch.compiler.reset() before each; otherwise TORCH_LOGS=recompiles tells what changes from call to call"
+)
+_FAILED = (
+    "a graph with the convolutions {} did not compile ({}). If no error follows PyTorch runs it eagerly instead, and then they "
+    "train dense: call ssprop_fx.transform(model, policy) first and compile its result, or compile with fullgraph=True to see "
+    "the error"
 )
 _INNER = ("inductor", "aot_eager", "eager")
 
@@ -98,7 +103,16 @@ def ssprop(
         raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
     check_names(settings)
     rewritten, record = rewrite(graph_module, policy)
-    return record.shared.guard(_compile(rewritten, example_inputs, record, inner, settings, mode))
+    try:
+        compiled = _compile(rewritten, example_inputs, record, inner, settings, mode)
+    except Exception as error:
+        record.withdraw()
+        if any(d.sparse for d in record.decisions) and not isinstance(error, SSPropError):
+            cause = cause_of(error)
+            said = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+            warnings.warn(_FAILED.format(", ".join(sorted(record.layers())), said), stacklevel=2)
+        raise
+    return record.shared.guard(compiled)
 
 
 ssprop.reset = forget_files  # type: ignore[attr-defined]

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arms import ARMS, at_factor, base_of, freeze
+from .arms import ARMS, at_factor, base_of, check_arms, freeze
 from .errors import SSPropError, nearest
+from .files import check_writable
 from .inspection import inspect
 from .policy import Policy
 from .report import Report
@@ -111,6 +112,24 @@ class BenchResult:
         pyplot.close(figure)
 
 
+def check_plot(path: Path) -> None:
+    """Refuse, before anything is timed, what could not be drawn.
+
+    Raises:
+        SSPropError: matplotlib is not installed, or draws no files of that kind.
+    """
+    check_writable(path)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as problem:
+        raise SSPropError(f"{path} cannot be drawn: {problem}; pip install matplotlib") from None
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        near = nearest(path.suffix[1:], kinds)
+        hint = f"; nearest: {near}" if near else ""
+        raise SSPropError(f"{path} cannot be drawn: its ending is none of {', '.join(kinds)}{hint}")
+
+
 def bench(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
@@ -138,11 +157,7 @@ def bench(
     Raises:
         SSPropError: an arm is unknown, or the model's outputs carry no gradient.
     """
-    for arm in arms:
-        if arm not in ARMS:
-            near = nearest(arm, ARMS)
-            hint = f"; nearest: {near}" if near else ""
-            raise SSPropError(f"{arm!r} is no arm; expected some of {', '.join(ARMS)}{hint}")
+    check_arms(arms)
     policy = at_factor(policy or Policy(), 1.0)
     names = list(dict.fromkeys([*dict.fromkeys(base_of(arm) for arm in arms), *arms]))
     runs: dict[str, _Run] = {}

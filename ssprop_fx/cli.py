@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from .errors import SSPropError
+from .errors import SSPropError, cause_of
 
 _EXTRA_OF = {"typer": "cli", "rich": "cli", "sklearn": "demo"}
 
@@ -30,3 +30,7 @@ def main() -> None:
         if package not in _EXTRA_OF:
             raise
         sys.exit(f"error: {package} is not installed; pip install 'ssprop-fx[{_EXTRA_OF[package]}]'")
+    except Exception as raised:
+        if not isinstance(cause := cause_of(raised), SSPropError):
+            raise
+        sys.exit(f"error: {cause}")

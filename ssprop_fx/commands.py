@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import ssprop_fx
 
 from . import demo as demonstration
-from .errors import PolicyError, SSPropError
+from .errors import PolicyError, SSPropError, cause_of
 from .files import check_writable
 from .models import FORMS, NameProblem, load_model, make_input, told
 from .policy import Policy
@@ -262,9 +262,10 @@ def running(name: str, shapes: Sequence[str], work: Callable[[], Any]) -> Any:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return work()
-    except SSPropError:
-        raise
-    except Exception as problem:  # the model's own code may raise anything
+    except Exception as raised:  # the model's own code may raise anything
+        problem = cause_of(raised)
+        if isinstance(problem, SSPropError):
+            raise problem from None
         raise SSPropError(f"{name} does not run on {', '.join(shapes)}: {told(problem)}") from problem
 
 

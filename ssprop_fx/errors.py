@@ -20,6 +20,15 @@ class TransformError(SSPropError):
     """A model cannot be rewritten as the policy asks."""
 
 
+def cause_of(problem: BaseException) -> BaseException:
+    """What a compiler was told by its backend, where an exception is the compiler's around that; else the exception itself."""
+    seen: set[int] = set()
+    while isinstance(inner := getattr(problem, "inner_exception", None), BaseException) and id(inner) not in seen:
+        seen.add(id(inner))
+        problem = inner
+    return problem
+
+
 @dataclass(frozen=True)
 class Problem:
     """One fault: what is wrong, where, what was expected, the nearest valid thing and the next step.

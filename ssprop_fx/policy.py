@@ -13,7 +13,7 @@ from . import policy_file
 from .allocation import allocations_of, settled
 from .errors import PolicyError, Problem
 from .rules import CRITERIA, KINDS, OVERRIDABLE, Contents, Layers, Rule, Settings, unmatched
-from .schedule import Clock
+from .schedule import Clock, Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,6 +100,17 @@ class Policy:
         rules = len(self.rules)
         words += [f"schedule={self.schedule.kind}, {rules} {'rule' if rules == 1 else 'rules'}"]
         return f"<Policy {', '.join(words)}; step {self.steps}, factor {self.factor:g}>"
+
+    def rescheduled(self, **schedule: Any) -> Policy:
+        """A policy of the same rates and rules, which name the same lines of a file, at the start of another schedule.
+
+        Args:
+            schedule: as the ``schedule`` of a policy file.
+
+        Raises:
+            PolicyError: with every problem of the schedule.
+        """
+        return self._of(self._contents.model_copy(update={"schedule": Schedule(**schedule)}))
 
     @property
     def digest(self) -> str:

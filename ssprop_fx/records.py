@@ -69,6 +69,11 @@ class GraphRecord:
         """Dynamo's number of the code that was captured; a recompilation of it has the same."""
         return str(self.compile_id).split("/")[0] if self.compile_id is not None else ""
 
+    def withdraw(self) -> None:
+        """Take the record back: the graph did not compile, and whatever runs it runs it without us."""
+        state = state_of(self.shared.policy)
+        state.records = [record for record in state.records if record is not self]
+
     def layers(self) -> set[str]:
         """The layers with a convolution in the graph."""
         return {d.convolution.layer for d in self.decisions}

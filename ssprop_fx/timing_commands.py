@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .arms import ARMS
+from .arms import ARMS, check_arms
 from .bench import bench as run_bench
+from .bench import check_plot
 from .commands import JsonOption, PolicyOption, app, read_policy, running
 from .errors import SSPropError
 from .files import check_writable
@@ -113,8 +114,13 @@ def bench(
     """
     if amp not in (None, "bfloat16", "float16"):
         raise typer.BadParameter(f"{amp!r} is no autocast type; expected bfloat16 or float16")
+    wanted = arms or ["dense", "ssprop", "dense-phase"]
+    try:
+        check_arms(wanted)
+    except SSPropError as problem:
+        raise typer.BadParameter(str(problem)) from None
     if plot is not None:
-        check_writable(plot)
+        check_plot(plot)
     chosen = read_policy(policy)
     built, inputs = _on_device(model, shapes, device, contiguous)
     console = Console(stderr=True)
@@ -124,7 +130,6 @@ def bench(
             status.update(line)
 
         dtype = getattr(torch, amp) if amp else None
-        wanted = arms or ["dense", "ssprop", "dense-phase"]
         result = running(
             model,
             shapes,

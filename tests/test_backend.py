@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import ssprop_fx
 from ssprop_fx import Policy, PolicyError, SSPropError, TransformError
-from ssprop_fx.records import records_of
+from ssprop_fx.records import records_of, state_of
 
 
 class Block(nn.Module):
@@ -155,6 +155,33 @@ def test_a_module_that_runs_under_several_names_is_one_layer():
     assert {row.layer: (row.calls, row.kept) for row in found.rows} == {r.layer: (r.calls, r.kept) for r in report.rows}
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_graph_that_pytorch_gives_up_is_not_reported_as_rewritten():
+    @torch.library.custom_op("ssprop_test::clipped", mutates_args=())
+    def clipped(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    clipped.register_fake(torch.empty_like)
+    clipped.register_autograd(lambda ctx, grad: grad / grad.norm().item())  # cannot be traced
+
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.second(clipped(self.first(x)))
+
+    model, policy = Clipped(), bar(schedule={"kind": "constant"})
+    run = compiled(model, policy)
+    with pytest.warns(UserWarning, match=r"first, second did not compile \(DataDependentOutputException"):
+        got = gradients(run, IMAGES)
+    assert all(torch.equal(a, b) for a, b in zip(got, gradients(model, IMAGES), strict=True))
+    for inputs in ([], [IMAGES]):
+        with pytest.raises(SSPropError, match="Dynamo gave the model up, and then all of it trains dense"):
+            ssprop_fx.inspect(run, *inputs)
+    assert not state_of(policy).records
 
 
 def test_names_and_gradients_survive_a_graph_break():

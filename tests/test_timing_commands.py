@@ -2,10 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from ssprop_fx import Policy, cli, profit
+from ssprop_fx import Policy, arms, cli, profit
 
 NET = """
 from torch import nn
@@ -90,7 +93,7 @@ def test_bench_as_json(run):
         (["tune", "net.py:build", "-i", "2x3x12x12"], 1, "does not run on 2x3x12x12"),
         (["tune", "net.py:build", "-i", "2x1x12x12", "--device", "nowhere"], 2, "nowhere"),
         (["tune", "net.py:build"], 2, "--input"),
-        (["bench", "net.py:build", "-i", "2x1x12x12", "--arm", "egaer"], 1, "nearest: eager"),
+        (["bench", "net.py:build", "-i", "2x1x12x12", "--arm", "egaer"], 2, "nearest: eager"),
         (["bench", "net.py:build", "-i", "2x1x12x12", "--amp", "float8"], 2, "float8"),
     ],
 )
@@ -98,3 +101,40 @@ def test_a_wrong_argument_is_explained(run, arguments, code, said):
     found, _, err = run(*arguments)
     assert found == code
     assert said in err
+
+
+UNMATCHED = "rules:\n- layers: '0'\n  drop_rate: 0\n- layers: '7'\n  drop_rate: 0\n"
+
+
+@pytest.mark.parametrize("arm", ["transform", "ssprop"])
+def test_bench_names_the_line_of_a_rule_that_matches_nothing(run, tmp_path, monkeypatch, arm):
+    (tmp_path / "policy.yaml").write_text(UNMATCHED)
+    monkeypatch.setitem(arms.ARMS, "dense", replace(arms.ARMS["dense"], build=lambda model, policy: model))
+    monkeypatch.setitem(arms.ARMS, "ssprop", replace(arms.ARMS["ssprop"], build=_through_the_backend))
+    code, out, err = run("bench", "net.py:build", "-i", "2x1x12x12", "-p", "policy.yaml", "--arm", arm, "--rounds", "1")
+    assert (code, out) == (1, "")
+    assert "error: policy.yaml:4: rules[1].layers: no layer of 3 is named '7'" in err
+    assert "Traceback" not in err
+
+
+def test_an_error_from_inside_the_compiler_is_told_as_any_other(run, tmp_path, monkeypatch):
+    def train(policy, *_):
+        _through_the_backend(nn.Sequential(nn.Conv2d(1, 8, 3)), policy)(torch.randn(1, 1, 6, 6))
+
+    (tmp_path / "policy.yaml").write_text(UNMATCHED)
+    monkeypatch.setattr("ssprop_fx.demo.train", train)
+    code, out, err = run("demo", "--compile", "-p", "policy.yaml")
+    assert (code, out) == (1, "")
+    assert "error: policy.yaml:4: rules[1].layers: no layer of 1 is named '7'" in err
+
+
+def _through_the_backend(model, policy):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+
+
+def test_what_could_not_be_drawn_is_told_before_the_work(run, monkeypatch):
+    monkeypatch.setattr("ssprop_fx.timing_commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    code, out, err = run("bench", "net.py:build", "-i", "2x1x12x12", "--plot", "times.pngg")
+    assert (code, out) == (1, "")
+    assert "times.pngg cannot be drawn: " in err
