@@ -22,7 +22,7 @@ from .plan import Layer, Use, left_row, report_of
 from .policy import Policy
 from .report import Report, Row
 from .sites import Site
-from .survey import scripted_convolutions
+from .survey import layer_kinds, scripted_convolutions
 from .tracing import TracedModule, capture
 from .transform import (
     COMPLEX,
@@ -177,7 +177,7 @@ def _of_transformed(
     if elsewhere > 0:
         left.append(left_row("elsewhere#convolution", f"{elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
-    return report_of(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures)
+    return report_of(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures, layer_kinds(part))
 
 
 def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
@@ -289,7 +289,7 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
         if name not in layers and name not in known:  # functional ones
             left.append(left_row(name, _OUTSIDE, function, sorted(of_kinds)))
     captures = captures_of(records)
-    return report_of(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures)
+    return report_of(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures, layer_kinds(model, plain=True))
 
 
 def _kinds(module: nn.Module) -> tuple[str, list[str]]:

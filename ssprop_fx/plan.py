@@ -13,7 +13,7 @@ from .cost import Call, total_bytes, total_flops
 from .coverage import Measurement
 from .dataflow import Capture
 from .masking import is_masked
-from .policy import Policy, Settings
+from .policy import KINDS, Policy, Settings
 from .report import Report
 from .rows import Row
 
@@ -101,7 +101,13 @@ def report_of(
     measurement: Measurement | None,
     quantized: bool,
     captures: Callable[[], list[Capture]],
+    modules: Mapping[str, frozenset[str]],
 ) -> Report:
+    """The report at the policy's present step.
+
+    Args:
+        modules: kinds of the convolution and linear modules that there are, those without a row included.
+    """
     calls = {name: tuple(use.call for use in layer.uses) for name, layer in layers.items() if layer.uses}
     report = Report(
         type(model).__name__,
@@ -113,10 +119,24 @@ def report_of(
         measurement,
         calls,
         quantized,
+        _unmatched(policy, layers, left, modules) if calls or measurement is not None else (),
         LivePlan(policy, layers, demands),
         captures,
     )
     return report.at(policy.steps)
+
+
+def _unmatched(
+    policy: Policy, layers: Mapping[str, Layer], left: Sequence[Row], modules: Mapping[str, frozenset[str]]
+) -> tuple[str, ...]:
+    """Functional calls are known once they have been made; a rule for one that is none cannot be told before."""
+    found = {**modules, **{row.layer: frozenset(row.kinds) or frozenset(KINDS) for row in left}}
+    found |= {name: layer.kinds for name, layer in layers.items()}
+    told = []
+    for problem in policy.unmatched_rules(found):
+        near = f"; nearest: {problem.nearest}" if problem.nearest else ""
+        told.append(f"{problem.where}: {problem.key}: {problem.what}{near}")
+    return tuple(told)
 
 
 def _row(name: str, layer: Layer, measurement: Measurement | None) -> Row:

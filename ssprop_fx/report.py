@@ -52,6 +52,7 @@ class Report:
         measurement: counted convolution backwards of one step, if example inputs were given.
         calls: layer → its calls in a step, as far as they are known.
         quantized: whether factors are rounded to the schedule's ``levels``, as compiled code does.
+        unmatched: of each rule that may match functional calls and, once a step has run, matches nothing, what is wrong.
 
     Examples:
         >>> import torch, ssprop_fx
@@ -73,6 +74,7 @@ class Report:
     measurement: Measurement | None = None
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict, compare=False)
     quantized: bool = False
+    unmatched: tuple[str, ...] = ()
     _plan: Plan = field(default_factory=_NoPlan, compare=False)
     _captures: Callable[[], list[Capture]] = field(default=list, compare=False)
 
@@ -318,6 +320,7 @@ class Report:
             "step_flops": self.step_flops,
             "grad_bytes": self.grad_bytes,
             "phases": [asdict(phase) for phase in self.phases],
+            "unmatched": list(self.unmatched),
             "rows": [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(row).items()} for row in self.rows],
             "measurement": self.measurement.to_dict() if self.measurement else None,
         }
@@ -365,7 +368,7 @@ class Report:
     __repr__ = __str__
 
     def summary(self) -> str:
-        """Two to six lines: coverage, step, FLOPs, memory."""
+        """Two to six lines: coverage, step, FLOPs, memory; and one for each rule of no effect."""
         rewritten, would = sum(r.rewritten for r in self.rows), " would be" if self.front_end == "policy" else ""
         linear = any(r.kind == "linear" for r in self.rows)
         what = "layers" if linear else "convolutions"
@@ -373,6 +376,7 @@ class Report:
             f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} {what}{would} rewritten; "
             f"step {self.step}, factor {self.factor:g}"
         ]
+        lines += [f"without effect so far: {problem}" for problem in self.unmatched]
         if self.measurement is not None:
             lines.append(str(self.measurement))
         if self.conv_flops is None:

@@ -772,3 +772,31 @@ def test_a_part_of_a_transformed_model_is_named_as_such():
     for part in (model[0], nn.Sequential(*model.children()), torch.fx.symbolic_trace(model)):
         with pytest.raises(SSPropError, match="parts of a transformed model"):
             ssprop_fx.inspect(part)
+
+
+def test_a_rule_for_a_call_that_no_forward_makes_is_named_once_a_step_has_run():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(8, n, 3, 3)) for n in (3, 8))
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(F.conv2d(F.conv2d(x, self.first), self.second).mean((2, 3)))
+
+    rules = [
+        {"layers": "#conv2d.0", "drop_rate": 0.5},
+        {"layers": "#conv2d.7", "drop_rate": 0},
+        {"kind": "linear", "drop_rate": 0},
+        {"layers": "#conv1d.*", "drop_rate": 0, "optional": True},
+    ]
+    model, x = ssprop_fx.transform(Functional(), Policy(rules=rules)), torch.randn(2, 3, 8, 8)
+    before, after = ssprop_fx.inspect(model), ssprop_fx.inspect(model, x)
+    assert before.unmatched == ()
+    (text,) = after.unmatched
+    assert text == "Policy(...): rules[1].layers: no layer of 3 is named '#conv2d.7'; nearest: #conv2d.1"
+    assert f"without effect so far: {text}" in str(after)
+    assert after.to_dict()["unmatched"] == [text]
+    compiled = torch.compile(Functional(), backend="ssprop", options={"policy": Policy(rules=rules), "inner": "aot_eager"})
+    compiled(x).sum().backward()
+    assert ssprop_fx.inspect(compiled).unmatched == (text,)
