@@ -30,6 +30,24 @@ def functorch_active() -> bool:
     return _maybe_current_level() is not None
 
 
+def vmapped_samples(tensor: torch.Tensor) -> int:
+    """How many samples of ``vmap`` a tensor stands for, of one inside another all of them; one outside of any."""
+    functorch, samples = torch._C._functorch, 1
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner = functorch.get_unwrapped(tensor)
+        if functorch.is_batchedtensor(tensor):
+            samples *= inner.shape[functorch.maybe_get_bdim(tensor)]
+        tensor = inner
+    return samples
+
+
+def requires_grad(tensor: torch.Tensor) -> bool:
+    """Whether a gradient of a tensor is asked for, also outside of the transformations of ``torch.func`` that run now."""
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether a compiler records what is done with ``tensor``; before 2.13 it does not say so inside ``autograd.grad``."""
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((tensor,)) is not None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import vmapped_samples
 from .convolutions import ConvArgs, conv_backward_flops, output_channels
 from .selection import AUTO, Demand, choices, fast_granule
 
@@ -29,6 +30,7 @@ class Call:
         dtype: of the output.
         device: its type, ``cpu``.
         channels_last: whether the input's channels are innermost in memory.
+        samples: of ``vmap``, which the call is made for at once; each has these shapes and a choice of its own.
     """
 
     input: tuple[int, ...]
@@ -39,6 +41,7 @@ class Call:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     channels_last: bool = False
+    samples: int = 1
 
     @classmethod
     def of(cls, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, needs: tuple[bool, bool] | None = None) -> Call:
@@ -46,7 +49,7 @@ class Call:
         sizes = _sizes(input)
         return cls(
             sizes, _sizes(weight), _sizes(output), args, needs, output.dtype, output.device.type,
-            len(sizes) > 2 and sizes[1] > 1 and input.stride(1) == 1,
+            len(sizes) > 2 and sizes[1] > 1 and input.stride(1) == 1, vmapped_samples(output),
         )  # fmt: skip
 
     @property
@@ -83,7 +86,7 @@ class Call:
             gradients: ``all``, or ``weight`` if the input's gradient stays dense, for which all of it is read.
         """
         needs = self.needs or (True, True)
-        dense = prod(self.output) * self.dtype.itemsize if any(needs) else 0
+        dense = self.samples * prod(self.output) * self.dtype.itemsize if any(needs) else 0
         return dense if keep is None or (gradients == "weight" and needs[0]) else dense * keep // self.channels
 
     def demand(
@@ -96,7 +99,7 @@ class Call:
 
     def _gradient(self, outputs: int) -> int:
         positions = self.input if self.args.transposed else self.output
-        return conv_backward_flops(positions, self.weight, outputs)
+        return self.samples * conv_backward_flops(positions, self.weight, outputs)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:

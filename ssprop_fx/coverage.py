@@ -55,6 +55,7 @@ class Measurement:
     Attributes:
         dense: ``aten.convolution_backward`` calls of the step with a factor of zero.
         sparse: sparse backward passes of the step with a factor of one.
+        unprofitable: those that follow the policy and yet stay dense then, as ``profitable: auto`` found that it pays.
         dense_by_rule: calls that are dense in the second step because their drop rate is zero.
         calls: layer → sparse backward passes in the step.
         conv_flops: of the dense step's convolution backwards, a multiply-add counted as two.
@@ -80,25 +81,28 @@ class Measurement:
     missed: dict[str, tuple[int, str, frozenset[str]]] = field(default_factory=dict)
     hidden: dict[str, int] = field(default_factory=dict)
     elsewhere: int = 0
+    unprofitable: int = 0
 
     @property
     def coverage(self) -> float:
         """Share of the dense step's convolution backwards that the policy reaches."""
-        return (self.sparse + self.dense_by_rule) / self.dense if self.dense else 1.0
+        return (self.sparse + self.dense_by_rule + self.unprofitable) / self.dense if self.dense else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return {
-            "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule,
+            "dense": self.dense, "sparse": self.sparse, "dense_by_rule": self.dense_by_rule, "unprofitable": self.unprofitable,
             "coverage": self.coverage, "calls": self.calls, "conv_flops": self.conv_flops,
             "backward_flops": self.backward_flops, "step_flops": self.step_flops,
             "missed": {layer: calls for layer, (calls, *_) in self.missed.items()}, "hidden": self.hidden,
         }  # fmt: skip
 
     def __str__(self) -> str:
+        lost = f"{self.unprofitable} dense since dropping does not pay, " if self.unprofitable else ""
+        missed = self.dense - self.sparse - self.dense_by_rule - self.unprofitable
         return (
             f"measured: {self.sparse} of {self.dense} convolution backwards of a step are sparse, "
-            f"{self.dense_by_rule} dense by rule, {self.dense - self.sparse - self.dense_by_rule} missed"
+            f"{self.dense_by_rule} dense by rule, {lost}{missed} missed"
         )
 
 
@@ -194,6 +198,7 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
     flops = counter.conv_flops, counter.flops, counter.backward_flops
     if record is not None:
         layers = _measured(record, transformation_of(dense_model), everything, is_compiled(model))
+        seen = _once_for_all_samples(seen, {name: len(layer.calls) for name, layer in layers.items()})
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
         elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
         hidden = Counter({_within(place, name): count for name, count in counter.hidden.items()})
@@ -204,9 +209,15 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
         return Measurement(counter.count, *reached, *flops, layers, hidden=dict(+hidden), elsewhere=elsewhere)
     made, kinds = _made(user_model, example_inputs)
     dense_layers = _under_shared_names(user_model, seen, made)
+    seen = _once_for_all_samples(seen, made)
     by_rule = sum(made[layer] for layer in dense_layers)
     missed = {n: (count - seen[n], *kinds[n]) for n, count in made.items() if count > seen[n] and n not in dense_layers}
     return Measurement(counter.count, seen.total(), by_rule, dict(seen), *flops, missed=missed)
+
+
+def _once_for_all_samples(seen: Counter[str], made: Mapping[str, int]) -> Counter[str]:
+    """Compiled code runs a call under ``vmap`` for one sample after another; it counts once, as in the dense step."""
+    return Counter({layer: min(count, made.get(layer) or count) for layer, count in seen.items()})
 
 
 def _within(place: str, name: str) -> str:

@@ -177,7 +177,8 @@ def _of_transformed(
     if elsewhere > 0:
         left.append(left_row("elsewhere#convolution", f"{elsewhere} in a step, {_ELSEWHERE}", kinds=("functional",)))
     demands = record.allocation.demands
-    return report_of(model, "transform", record.policy, layers, left, demands, measurement, bool(records), captures, layer_kinds(part))
+    policy, quantized, modules = record.policy, bool(records), layer_kinds(part)
+    return report_of(model, "transform", policy, layers, left, demands, measurement, quantized, captures, modules)
 
 
 def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
@@ -289,7 +290,8 @@ def _of_compiled(model: nn.Module, records: list[GraphRecord], measurement: Meas
         if name not in layers and name not in known:  # functional ones
             left.append(left_row(name, _OUTSIDE, function, sorted(of_kinds)))
     captures = captures_of(records)
-    return report_of(model, "backend", _policy_of(model), layers, left, {}, measurement, True, lambda: captures, layer_kinds(model, plain=True))
+    policy, modules = _policy_of(model), layer_kinds(model, plain=True)
+    return report_of(model, "backend", policy, layers, left, {}, measurement, True, lambda: captures, modules)
 
 
 def _kinds(module: nn.Module) -> tuple[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -109,6 +109,10 @@ def report_of(
         modules: kinds of the convolution and linear modules that there are, those without a row included.
     """
     calls = {name: tuple(use.call for use in layer.uses) for name, layer in layers.items() if layer.uses}
+    plan = LivePlan(policy, layers, demands)
+    if measurement is not None and policy.profitable == "auto":
+        lost = sum(measurement.calls.get(name, 0) for name in plan.losses(1.0))
+        measurement = replace(measurement, sparse=measurement.sparse - lost, unprofitable=lost)
     report = Report(
         type(model).__name__,
         front_end,
@@ -120,7 +124,7 @@ def report_of(
         calls,
         quantized,
         _unmatched(policy, layers, left, modules) if calls or measurement is not None else (),
-        LivePlan(policy, layers, demands),
+        plan,
         captures,
     )
     return report.at(policy.steps)

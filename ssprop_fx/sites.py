@@ -20,6 +20,7 @@ from ._compat import (
     forward_ad_active,
     function_modes,
     functorch_active,
+    requires_grad,
     saved_tensors_hooked,
 )
 from .allocation import Allocation, observers
@@ -92,7 +93,7 @@ class Site:
 
     def note(self, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs) -> None:
         """Both, of a call in a sparse phase, as far as they are not known."""
-        needs = (input.requires_grad, weight.requires_grad)
+        needs = (requires_grad(input), requires_grad(weight))
         if not self.known:
             self.remember(input, weight, output, args, needs)
         if self.allocation.wants(self.layer, self.round_to):
@@ -158,7 +159,7 @@ def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, o
     if not site.known:
         call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
         batched = output.unsqueeze(0) if call.unbatched else output
-        needs = (input.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else None
+        needs = (requires_grad(input), requires_grad(weight)) if torch.is_grad_enabled() else None
         site.remember(call.input, weight, batched, call.args, needs)
         if site.settings.drop_rate > 0 and site.allocation.wants(site.layer, site.round_to):
             site.announce(call.input, weight, batched, call.args, needs, provisional=True)

@@ -800,3 +800,42 @@ def test_a_rule_for_a_call_that_no_forward_makes_is_named_once_a_step_has_run():
     compiled = torch.compile(Functional(), backend="ssprop", options={"policy": Policy(rules=rules), "inner": "aot_eager"})
     compiled(x).sum().backward()
     assert ssprop_fx.inspect(compiled).unmatched == (text,)
+
+
+FRONT_ENDS = {
+    "transform": lambda model, policy: ssprop_fx.transform(model, policy),
+    "backend": lambda model, policy: torch.compile(model, backend="ssprop", options={"policy": policy, "inner": "aot_eager"}),
+    "both": lambda model, policy: torch.compile(
+        ssprop_fx.transform(model, policy), backend="ssprop", options={"inner": "aot_eager"}
+    ),
+    "another backend": lambda model, policy: torch.compile(ssprop_fx.transform(model, policy), backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_calls_under_vmap_count_as_those_of_a_batch(front_end, levels):
+    class Each(nn.Module):
+        def __init__(self, levels):
+            super().__init__()
+            self.first, self.second, self.levels = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), levels
+
+        def forward(self, x):
+            forward = lambda sample: self.second(self.first(sample).relu())  # noqa: E731
+            for _ in range(self.levels):
+                forward = torch.vmap(forward)
+            return forward(x)
+
+    def report(levels, x):
+        torch._dynamo.reset()
+        policy = Policy(drop_rate=0.6, round_to=1, schedule={"kind": "constant"})
+        model = FRONT_ENDS[front_end](Each(levels), policy)
+        model(x).square().sum().backward()
+        return ssprop_fx.inspect(model, x)
+
+    x = torch.randn(2, 2, 3, 10, 10)
+    batch, each = report(0, x.flatten(0, 1)), report(levels, x if levels == 2 else x.flatten(0, 1))
+    assert (each.measurement.dense, each.measurement.sparse, each.coverage) == (2, 2, 1.0)
+    assert each.measurement.conv_flops == batch.measurement.conv_flops
+    assert (each.conv_flops, each.grad_bytes) == (batch.conv_flops, batch.grad_bytes)
+    assert each.conv_flops["now"] < each.conv_flops["dense"] / 2

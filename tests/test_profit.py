@@ -81,6 +81,9 @@ def test_a_layer_that_does_not_pay_stays_dense(timings, front_end, round_to):
     rows = {row.layer: row for row in ssprop_fx.inspect(model).rows}
     assert rows["point"].reason == "does not pay: 3e+03 ms sparse against 2e+03 ms dense"
     assert (rows["point"].kept, rows["wide"].kept, rows["wide"].reason) == (16, 16, "")
+    measurement = ssprop_fx.inspect(model, x).measurement
+    assert (measurement.sparse, measurement.unprofitable, measurement.coverage) == (2, 1, 1.0)
+    assert "2 of 3 convolution backwards of a step are sparse, 0 dense by rule, 1 dense since" in str(measurement)
 
 
 def test_by_default_nothing_is_timed(timings):
