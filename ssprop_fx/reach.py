@@ -74,7 +74,7 @@ def _class_reaches(cls: type, forward: Any, held: frozenset[type]) -> bool:
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
     """Functions, plain objects and modules among some values, and in the containers and plain objects among them."""
     seen = set() if seen is None else seen
-    for value in values:
+    for value in list(values):  # looking at a lazy one may fill the dictionary that it lies in
         if _is_code(value) or isinstance(value, nn.Module):
             yield value
         elif isinstance(value, _CONTAINERS):

@@ -410,3 +410,21 @@ class Checked(nn.Module):
 @pytest.mark.parametrize("module", [Optional, Checked, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
 def test_module_without_functional_convolutions_is_left_alone(module):
     assert not may_call_convolution(module())
+
+
+def test_a_table_that_is_filled_while_one_looks_at_it_is_no_error():
+    class Lazy:
+        def __init__(self, table):
+            self.table = table
+
+        @property
+        def __class__(self):
+            self.table[len(self.table)] = F.conv2d
+            return Lazy
+
+    module = Checked()
+    module.table = {}
+    module.table["lazy"] = Lazy(module.table)
+    assert may_call_convolution(Checked()) is False
+    may_call_convolution(module)  # whatever it says: what is put in meanwhile may be seen or not
+    assert len(module.table) > 1
