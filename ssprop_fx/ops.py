@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,6 +132,16 @@ def _no_double_backward(ctx: Any, *grads: Any) -> tuple:
     )
 
 
+def _conv_vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+    """One call for each sample, which chooses by itself, as ``torch.func.vmap`` of independent networks means it."""
+
+    def of_sample(i: int) -> Tensor:
+        own = (a if dim is None else a.select(dim, i) for a, dim in zip(args[:3], in_dims[:3], strict=True))
+        return conv(*own, *args[3:])
+
+    return torch.stack([of_sample(i) for i in range(info.batch_size)]), 0
+
+
 def _autocast(device_type: str, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     input, weight, bias = autocast_arguments(device_type, input, weight, bias)
     with torch.amp.autocast(device_type, enabled=False):
@@ -156,6 +167,7 @@ torch.library.register_fake("ssprop::conv", _conv_fake, lib=_library)
 torch.library.register_fake("ssprop::conv_backward", _conv_backward_fake, lib=_library)
 torch.library.register_autograd("ssprop::conv", _autograd, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("ssprop::conv_backward", _no_double_backward, lib=_library)
+torch.library.register_vmap("ssprop::conv", _conv_vmap, lib=_library)
 for _device in ("cpu", "cuda", "xpu", "mps"):
     _library.impl("conv", functools.partial(_autocast, _device), f"Autocast{_device.upper()}")
 

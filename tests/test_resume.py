@@ -48,17 +48,37 @@ def processes(tmp_path_factory):
     sys.path.remove(str(EXAMPLES))
 
 
-def run(context, arguments, kill_after=None) -> bool:
+def run(context, arguments, kill_when=None) -> bool:
     """Whether the run came to its end."""
     process = context.Process(target=train, args=arguments)
     process.start()
-    process.join(kill_after)
+    while kill_when is not None and process.exitcode is None and not kill_when():
+        time.sleep(0.001)
+    if kill_when is None:
+        process.join()
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         return False
     assert process.exitcode == 0
     return True
+
+
+def after_saves(checkpoint, count, seconds):
+    """Whether it is ``seconds`` since a checkpoint has been written ``count`` times from now on: a run's own clock."""
+
+    def written():
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    last, left, since = written(), count, time.perf_counter()
+
+    def due():
+        nonlocal last, left, since
+        if left and (now := written()) != last:
+            last, left, since = now, left - 1, time.perf_counter()
+        return not left and time.perf_counter() - since >= seconds
+
+    return due
 
 
 def same(a, b) -> bool:
@@ -78,17 +98,19 @@ def test_killed_ten_times_ends_bit_equal(policy, processes, tmp_path):
         Path(policy).write_text(POLICY)
     arguments = ["--policy", policy, "--short", "--dropout", "0.2", "--batch", "16", "--save-every", "3", "--seed", "5"]
     context, seconds = processes
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
     assert run(context, [*arguments, "--out", str(tmp_path / "whole")])
     killed = [*arguments, "--out", str(tmp_path / "killed"), "--resume"]
     lot, kills, moments = random.Random(0), 0, set()
     while kills < 10:
-        if run(context, killed, kill_after=lot.uniform(0.2, 1.0) * seconds):  # the run is too short: begin it again
+        when = after_saves(checkpoint, lot.choice([0, 1, 2]), lot.uniform(0, 0.1) * seconds)
+        if run(context, killed, when):  # what was left of it is too short: begin it again
             for name in ("checkpoint.pt", "log.jsonl"):
                 (tmp_path / "killed" / name).unlink()
             continue
         kills += 1
-        if (tmp_path / "killed" / "checkpoint.pt").exists():
-            moments.add(torch.load(tmp_path / "killed" / "checkpoint.pt")["step"])
+        if checkpoint.exists():
+            moments.add(torch.load(checkpoint)["step"])
     assert run(context, killed)
     assert len(moments) > 1  # the kills came at different places of the run
     whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
