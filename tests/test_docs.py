@@ -85,7 +85,7 @@ def check_output(shown, printed, times, where):
     def plain(line):
         line = " ".join(line.split())
         if times:
-            line = re.sub(r"[+-]?[\d.]+(e[+-]?\d+)?", "0", line).replace(" more", " less")
+            line = re.sub(r"[+-]?[\d.]+(e[+-]?\d+)?", "0", line).replace(" more", " less").replace(" 0 rules", " 0 rule")
             line = re.sub(r"([━─-])\1+", r"\1", line)
         return line
 
