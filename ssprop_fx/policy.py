@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CRITERIA", "KINDS", "Explanation", "Policy", "Rule", "Settings"]
 
+# as it stands: Dynamo, which may trace a policy, cannot read pydantic's property in every release (2.14)
+_KEYS = frozenset(Contents.model_fields)
+
 
 class Policy:
     """Which gradients are dropped, where and when. Its contents never change; only its clock moves.
@@ -86,12 +89,12 @@ class Policy:
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Contents.model_fields or isinstance(getattr(type(self), name, None), property):
+        if name in _KEYS or isinstance(getattr(type(self), name, None), property):
             raise AttributeError(f"a policy's {name} does not change; make another policy: {type(self).__name__}({name}=...)")
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name in Contents.model_fields:
+        if name in _KEYS:
             return getattr(self._contents, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
