@@ -18,6 +18,9 @@ from torch.autograd import forward_ad as _forward_ad
 # Names of their own rather than functions around them: they are asked at every convolution call.
 function_modes = torch._C._len_torch_function_stack
 
+# How many modes hear of every operation: counters, tracers, fake tensors.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
 # Whether autocast is on for any kind of device, asked as often.
 any_autocast = torch._C._is_any_autocast_enabled
 

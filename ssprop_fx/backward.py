@@ -14,23 +14,12 @@ from torch import Tensor
 
 from ._compat import gradient_format
 from .convolutions import ConvArgs
+from .dense import Gradients, dense_backward
+from .depthwise import groups_backward
 from .gather import between_zeros, channels_last, spread, take
 from .masking import is_masked, masked
 from .products import product_of_columns
 from .selection import choices, compiled_importance, importance, kept_channels
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def dense_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients:
-    """``aten.convolution_backward``. Shapes as in :func:`sparse_backward`."""
-    if not any(mask):
-        return None, None, None
-    if weight.dim() == 2:
-        return _linear_backward(grad, input, weight, mask)
-    bias_sizes = [grad.shape[1]] if mask[2] else None
-    grads = torch.ops.aten.convolution_backward.default(grad, input, weight, bias_sizes, *_lists(args), list(mask))
-    return grads[0] if mask[0] else None, grads[1] if mask[1] else None, grads[2] if mask[2] else None
 
 
 def sparse_backward(
@@ -86,45 +75,23 @@ def sparse_backward(
     with torch.no_grad():
         score = compiled_importance(grad, output, criterion, apart) if compiling else importance(grad, output, criterion)
         index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
-    picked = index
-    if whole_groups and keep == 1 and grad.device.type == "cpu":
-        # The library's weight gradient of one group of few channels, under a tall kernel, writes past its end; that of two
-        # equal groups does not, and a model whose layer has many must not come to be at its mercy by losing all but one.
-        picked = index.repeat(2)
-    kept_grad = take(grad, 1, picked, compiling)
-    rows = _input_channels(picked, input.shape[1] // groups) if whole_groups else None
-    kept_input = input if rows is None else take(input, 1, rows, compiling)
-    kept_weight = _take_weight(weight, picked, rows, args, compiling)
-    kept_args = args._replace(groups=picked.shape[0]) if whole_groups else args
+    if whole_groups:
+        grads = groups_backward(grad, input, weight, index, args, mask, compiling)
+        return input_grad if dense_input else _laid_out(grads[0], input, weight, args, compiling), *grads[1:]
+    kept_grad, kept_weight = take(grad, 1, index, compiling), _take_weight(weight, index, args, compiling)
     kept_mask = (mask[0], mask[1], False)
-    if _is_matrix_product(kept_input, kept_weight, kept_args):
-        gi, gw, _ = _pointwise_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask, compiling)
+    if _is_matrix_product(input, kept_weight, args):
+        gi, gw, _ = _pointwise_backward(kept_grad, input, kept_weight, args, kept_mask, compiling)
     else:
-        gi, gw, _ = dense_backward(kept_grad, kept_input, kept_weight, kept_args, kept_mask)
-    if rows is not None and picked is not index:
-        rows, kept_grad = rows[: rows.shape[0] // 2], kept_grad[:, :1]
-        gi, gw = None if gi is None else gi[:, : rows.shape[0]], None if gw is None else gw[: gw.shape[0] // 2]
+        gi, gw, _ = dense_backward(kept_grad, input, kept_weight, args, kept_mask)
 
-    if mask[0]:
-        assert gi is not None
-        input_grad = gi if rows is None else spread(gi, 1, rows, input, compiling)
-        if not compiling and weight.dim() > 2 and not all(t.is_contiguous() for t in (input_grad, input, weight)):
-            # as the dense one: PyTorch's instance_norm, for one, has a wrong backward for a gradient in another format
-            input_grad = input_grad.contiguous(memory_format=gradient_format(input, weight, args))
-    weight_grad = _spread_weight(gw, weight, index, rows, args, compiling) if gw is not None else None
+    input_grad = input_grad if dense_input else _laid_out(gi, input, weight, args, compiling)
+    weight_grad = _spread_weight(gw, weight, index, args, compiling) if gw is not None else None
     bias_grad = None
     if mask[2]:
         total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
         bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
     return input_grad, weight_grad, bias_grad
-
-
-def _linear_backward(grad: Tensor, input: Tensor, weight: Tensor, mask: Sequence[bool]) -> Gradients:
-    """A linear layer's backward, (*batch, K) and (*batch, C), in the products that autograd takes."""
-    rows, values = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-    gi = (rows @ weight).reshape(input.shape) if mask[0] else None
-    gw = rows.t() @ values if mask[1] else None
-    return gi, gw, rows.sum(0) if mask[2] else None
 
 
 def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
@@ -171,41 +138,25 @@ def _pointwise_backward(
     return gi, gw, None
 
 
-def _lists(args: ConvArgs) -> tuple:
-    return (
-        list(args.stride),
-        list(args.padding),
-        list(args.dilation),
-        args.transposed,
-        list(args.output_padding),
-        args.groups,
-    )
+def _laid_out(input_grad: Tensor | None, input: Tensor, weight: Tensor, args: ConvArgs, compiling: bool) -> Tensor | None:
+    """In eager mode, in the format of the dense one: PyTorch's instance_norm, for one, has a wrong backward for another."""
+    if input_grad is None or compiling or weight.dim() == 2 or all(t.is_contiguous() for t in (input_grad, input, weight)):
+        return input_grad
+    return input_grad.contiguous(memory_format=gradient_format(input, weight, args))
 
 
-def _input_channels(groups: Tensor, per_group: int) -> Tensor:
-    if per_group == 1:
-        return groups
-    return (groups.unsqueeze(1) * per_group + torch.arange(per_group, device=groups.device)).flatten()
-
-
-def _take_weight(weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, compiling: bool) -> Tensor:
+def _take_weight(weight: Tensor, index: Tensor, args: ConvArgs, compiling: bool) -> Tensor:
     if not args.transposed:
         return take(weight, 0, index, compiling)
-    if rows is not None:
-        return take(weight, 0, rows, compiling)
     if args.groups == 1:
         return take(weight, 1, index, compiling)
     flat = _outputs_first(weight, args.groups)
     return _inputs_first(take(flat, 0, index, compiling), args.groups)
 
 
-def _spread_weight(
-    values: Tensor, weight: Tensor, index: Tensor, rows: Tensor | None, args: ConvArgs, compiling: bool
-) -> Tensor:
+def _spread_weight(values: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, compiling: bool) -> Tensor:
     if not args.transposed:
         return spread(values, 0, index, weight, compiling)
-    if rows is not None:
-        return spread(values, 0, rows, weight, compiling)
     if args.groups == 1:
         return spread(values, 1, index, weight, compiling)
     flat = _outputs_first(weight, args.groups)

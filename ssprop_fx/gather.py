@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import operators
+from . import native, operators
 
 
 def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Tensor:
@@ -73,7 +73,9 @@ def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     back = (0, tensor.dim() - 1, *range(1, tensor.dim() - 1))
     if dim == 0:
         return _select(last, 0, index).permute(back)
-    return _select(last.reshape(-1, last.shape[-1]), 1, index).reshape(*last.shape[:-1], *index.shape).permute(back)
+    rows = last.reshape(-1, last.shape[-1])
+    taken = native.take_last(rows, index) if native.serves(rows) else _select(rows, 1, index)
+    return taken.reshape(*last.shape[:-1], *index.shape).permute(back)
 
 
 def _spread(values: Tensor, dim: int, index: Tensor, like: Tensor) -> Tensor:

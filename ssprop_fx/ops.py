@@ -21,6 +21,7 @@ from .allocation import allocation_for, live_allocation, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
 from .cost import Call
+from .depthwise import depthwise_flops
 from .errors import SSPropError
 from .masking import is_masked
 from .products import product_flops
@@ -181,6 +182,7 @@ def register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.ssprop.product)(product_flops)
+    register_flop_formula(torch.ops.ssprop.depthwise)(depthwise_flops)
     register_flop_formula(torch.ops.ssprop.conv)(_conv_flops)
     register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)(_conv_backward_flops)
 

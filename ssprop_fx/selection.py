@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
+from . import native, operators
 from .gather import after
 
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
@@ -35,6 +35,8 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     dtype = _score_dtype(grad)
     dims = [d for d in range(grad.dim()) if d != 1]
     if criterion == "l1":
+        if sliced and native.serves(grad) and (sums := native.abs_sum(grad)) is not None:
+            return sums
         return _sum(lambda g: g.abs().sum(dims, dtype=dtype), sliced, grad)
     if criterion == "l2":
         return _sum(lambda g: g.to(dtype).square().sum(dims), sliced, grad)
