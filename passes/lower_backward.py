@@ -96,19 +96,20 @@ class LowerBackward(PassBase):
         flat, structure = tree_flatten(list(node.args[:10]))
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Node)]
         values = [_value(flat[place]) for place in places]
-        grad, weight, mask = _value(node.args[0]), _value(node.args[2]), node.args[10]
+        weight, mask = _value(node.args[2]), node.args[10]
         layer, _, criterion, _, gradients, _ = node.args[ops.BACKWARD_SETTINGS_AT :]
         args = ConvArgs(*tree_map(_value, node.args[4:10]))
         sparse = keep < choices(output_channels(weight.shape, args), args.groups)
-        inductor_cpu = bool(self.decompositions) and sparse and weight.dim() > 2 and grad.device.type == "cpu"
+        inductor = bool(self.decompositions) and sparse and weight.dim() > 2
 
         def backward(*values):
             filled = list(flat)
             for place, value in zip(places, values, strict=True):
                 filled[place] = value
             grad, input, weight, output, *geometry = tree_unflatten(filled, structure)
-            if inductor_cpu and channels_last(grad):
-                # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it
+            if inductor and channels_last(grad):
+                # Inductor may write it once in its own order, to rank it, and once with channels last, to gather from it;
+                # on an accelerator in single precision before it is rounded, for the two to read
                 grad = in_memory_order(grad)
             return sparse_backward(
                 grad,
@@ -121,7 +122,7 @@ class LowerBackward(PassBase):
                 criterion,
                 gradients,
                 compiling=True,
-                apart=inductor_cpu,
+                apart=inductor and grad.device.type == "cpu",
             )
 
         def trace() -> GraphModule:

@@ -16,9 +16,9 @@ from ._compat import gradient_format
 from .convolutions import ConvArgs
 from .dense import Gradients, dense_backward
 from .depthwise import groups_backward
-from .gather import between_zeros, channels_last, spread, take
+from .gather import spread, take
 from .masking import is_masked, masked
-from .products import product_of_columns
+from .pointwise import is_pointwise, pointwise_backward
 from .selection import choices, compiled_importance, importance, kept_channels
 
 
@@ -75,16 +75,12 @@ def sparse_backward(
     with torch.no_grad():
         score = compiled_importance(grad, output, criterion, apart) if compiling else importance(grad, output, criterion)
         index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
-    if whole_groups:
-        grads = groups_backward(grad, input, weight, index, args, mask, compiling)
+    if whole_groups or is_pointwise(input, weight, args):
+        some = groups_backward if whole_groups else pointwise_backward
+        grads = some(grad, input, weight, index, args, mask, compiling)
         return input_grad if dense_input else _laid_out(grads[0], input, weight, args, compiling), *grads[1:]
     kept_grad, kept_weight = take(grad, 1, index, compiling), _take_weight(weight, index, args, compiling)
-    kept_mask = (mask[0], mask[1], False)
-    if _is_matrix_product(input, kept_weight, args):
-        gi, gw, _ = _pointwise_backward(kept_grad, input, kept_weight, args, kept_mask, compiling)
-    else:
-        gi, gw, _ = dense_backward(kept_grad, input, kept_weight, args, kept_mask)
-
+    gi, gw, _ = dense_backward(kept_grad, input, kept_weight, args, (mask[0], mask[1], False))
     input_grad = input_grad if dense_input else _laid_out(gi, input, weight, args, compiling)
     weight_grad = _spread_weight(gw, weight, index, args, compiling) if gw is not None else None
     bias_grad = None
@@ -92,50 +88,6 @@ def sparse_backward(
         total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
         bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
     return input_grad, weight_grad, bias_grad
-
-
-def _is_matrix_product(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
-    """A 1×1 convolution, strided or not, over channels-last data; or one that the library must not compute."""
-    pointwise = (
-        weight.dim() > 2
-        and args.groups == 1
-        and not args.transposed
-        and all(k == 1 for k in weight.shape[2:])
-        and all(p == 0 for p in args.padding)
-    )
-    return pointwise and (channels_last(input) or _overruns(input, weight, args))
-
-
-def _overruns(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
-    """Whether the library could write past the end of a 1×1 convolution's weight gradient.
-
-    oneDNN, as in PyTorch 2.15, does so for stride 2 over channels-last data of fewer than 16 channels: on processors with
-    AVX-512 if few outputs are asked for, on those without for any number of them. A model whose own layer is like that is
-    at its mercy; one of many outputs must not come to be by having some of them dropped.
-    """
-    return input.device.type == "cpu" and weight.shape[1] < 16 and any(s > 1 for s in args.stride)
-
-
-def _pointwise_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool
-) -> Gradients:
-    """A 1×1 convolution's backward as two matrix products over (N · positions, channels).
-
-    The library's convolution takes up to twice as long for the few channels that are kept: it reorders its operands
-    first. A stride only leaves out positions of the input, and puts zeros at their gradients. Shapes as in
-    :func:`sparse_backward`.
-    """
-    last = (0, *range(2, grad.dim()), 1)
-    first = (0, grad.dim() - 1, *range(1, grad.dim() - 1))
-    rows, matrix = grad.permute(last), weight.reshape(weight.shape[:2])
-    gi = gw = None
-    if mask[0]:
-        gi = (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(*rows.shape[:-1], matrix.shape[1])
-        gi = between_zeros(gi, args.stride, input.shape[2:], compiling).permute(first)
-    if mask[1]:
-        seen = input[(slice(None), slice(None), *(slice(None, None, s) for s in args.stride))]
-        gw = product_of_columns(rows, seen.permute(last), compiling).reshape(weight.shape)
-    return gi, gw, None
 
 
 def _laid_out(input_grad: Tensor | None, input: Tensor, weight: Tensor, args: ConvArgs, compiling: bool) -> Tensor | None:

@@ -89,18 +89,14 @@ def _depthwise(
     padding: list[int],
     dilation: list[int],
     mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     args = ConvArgs(stride, padding, dilation, False, [0] * len(stride), grad.shape[1])
     grads = groups_backward(grad, input, weight, index, args, mask)
-    expected = _fake(grad, input, weight, index, stride, padding, dilation, mask)
-    return tuple(  # type: ignore[return-value]
-        e if g is None else g if g.stride() == e.stride() else e.copy_(g) for g, e in zip(grads, expected, strict=True)
-    )
+    return operators.laid_out(grads, _fake(grad, input, weight, index, stride, padding, dilation, mask))
 
 
-def _fake(grad, input, weight, index, stride, padding, dilation, mask) -> tuple[Tensor, Tensor, Tensor]:
-    shaped = torch.empty_like(input), torch.empty_like(weight), grad.new_empty((grad.shape[1],))
-    return tuple(t if wanted else grad.new_empty((0,)) for t, wanted in zip(shaped, mask, strict=True))  # type: ignore[return-value]
+def _fake(grad, input, weight, index, stride, padding, dilation, mask) -> tuple[Tensor, ...]:
+    return operators.shaped((input, weight, grad.new_empty((grad.shape[1],))), mask)
 
 
 def depthwise_flops(grad, input, weight, index, *rest, **_) -> int:

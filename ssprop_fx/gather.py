@@ -13,6 +13,10 @@ from torch import Tensor
 
 from . import native, operators
 
+# In compiled code of accelerators channels are compared with one another, up to so many pairs, where otherwise each layer
+# would call the library to sort or to scatter.
+COMPARED = 1 << 23
+
 
 def take(tensor: Tensor, dim: int, index: Tensor, compiling: bool = False) -> Tensor:
     """``index_select`` that keeps the memory format: with channels last, dim 1 is gathered along the last axis.
@@ -36,7 +40,8 @@ def spread(values: Tensor, dim: int, index: Tensor, like: Tensor, compiling: boo
     if order[0] == dim and operator:
         return _put_operator(values, index, like.shape[dim], order)
     # as a gather it is one pass over its memory that a compiler can fuse: no zeros, no scatter
-    place = (_places_operator if operator else _places)(index, like.shape[dim])
+    counts = not operator and index.shape[0] * like.shape[dim] <= COMPARED
+    place = (_places_operator if operator else _counted_places if counts else _places)(index, like.shape[dim])
     axis = order.index(dim)
     kept = (place >= 0).view([-1 if d == axis else 1 for d in range(like.dim())])
     result = torch.where(kept, values.permute(order).index_select(axis, place.clamp(min=0)), 0)
@@ -98,6 +103,12 @@ def _places(index: Tensor, channels: int) -> Tensor:
     """(channels,): where each channel stands in ``index``, -1 where it does not."""
     place = torch.full((channels,), -1, device=index.device, dtype=index.dtype)
     return place.scatter(0, index, torch.arange(index.shape[0], device=index.device))
+
+
+def _counted_places(index: Tensor, channels: int) -> Tensor:
+    """The same by comparing all with all, of which a compiler makes one kernel."""
+    here = index == torch.arange(channels, device=index.device).unsqueeze(1)
+    return torch.where(here, torch.arange(1, index.shape[0] + 1, device=index.device), 0).sum(1) - 1
 
 
 def _places_fake(index: Tensor, channels: int) -> Tensor:

@@ -1,4 +1,10 @@
-/* The loops of kernels.c, for one kind of processor: TARGET is a function's attribute, NAME adds the kind to its name. */
+/* The loops of kernels.c, for one kind of processor: TARGET is a function's attribute, NAME adds the kind to a name, BYTES are
+   those of a vector. */
+
+typedef float NAME(Vector) __attribute__((vector_size(BYTES), aligned(sizeof(float))));
+
+/* Channels that are computed side by side, in two vectors. */
+#define LANES (2 * BYTES / (int)sizeof(float))
 
 /* Sums of |grad| over the rows of (rows, channels), in single precision for a few hundred rows, then in double. */
 TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t channels, float *sums, int threads)
@@ -56,7 +62,7 @@ TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t ch
 TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_t channels, int64_t positions, float *sums,
                                       int threads)
 {
-    enum { LANES = 32, RUN_LENGTH = 8192 };
+    enum { WIDTH = 32, RUN_LENGTH = 8192 };
     double *totals = malloc((size_t)(samples * channels) * sizeof(double));
     if (!totals) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -65,11 +71,11 @@ TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_
         double total = 0;
         for (int64_t first = 0; first < positions; first += RUN_LENGTH) {
             int64_t last = first + RUN_LENGTH < positions ? first + RUN_LENGTH : positions, i = first;
-            float lanes[LANES] = {0}, rest = 0;
-            for (; i + LANES <= last; i += LANES)
-                for (int j = 0; j < LANES; j++) lanes[j] += fabsf(values[i + j]);
+            float lanes[WIDTH] = {0}, rest = 0;
+            for (; i + WIDTH <= last; i += WIDTH)
+                for (int j = 0; j < WIDTH; j++) lanes[j] += fabsf(values[i + j]);
             for (; i < last; i++) rest += fabsf(values[i]);
-            for (int j = 0; j < LANES; j++) total += lanes[j];
+            for (int j = 0; j < WIDTH; j++) total += lanes[j];
             total += rest;
         }
         totals[plane] = total;
@@ -101,8 +107,6 @@ TARGET static int NAME(take_last)(const float *restrict values, int64_t rows, in
 }
 
 /* Values of up to LANES channels side by side, from any layout: (positions, LANES). at holds each channel's offset. */
-#define LANES 16
-
 TARGET static inline void NAME(pick)(const float *restrict from, int64_t positions, int64_t step, const int64_t *restrict at,
                                      int lanes, float *restrict to)
 {
@@ -114,114 +118,284 @@ TARGET static inline void NAME(pick)(const float *restrict from, int64_t positio
             for (int j = 0; j < lanes; j++) to[p * LANES + j] = from[p * step + at[j]];
 }
 
-/* One tap of the kernel at count outputs of a row: its part of the weight's gradient, and of the input's if that is wanted. */
-TARGET static inline void NAME(tap)(const float *restrict g, const float *restrict x, float *restrict dx,
-                                    const float *restrict w, float *restrict dw, int64_t count, int64_t step)
+/* The way back, added to what is there: rows of the input are in two strips if both see them. */
+TARGET static inline void NAME(put)(const float *restrict from, int64_t positions, int64_t step, const int64_t *restrict at,
+                                    int lanes, float *restrict to)
 {
-    float sum[LANES] = {0};
-    if (dx)
-        for (int64_t o = 0; o < count; o++)
-            for (int j = 0; j < LANES; j++) {
-                sum[j] += g[o * LANES + j] * x[o * step * LANES + j];
-                dx[o * step * LANES + j] += g[o * LANES + j] * w[j];
-            }
+    if (lanes == LANES)
+        for (int64_t p = 0; p < positions; p++)
+            for (int j = 0; j < LANES; j++) to[p * step + at[j]] += from[p * LANES + j];
     else
-        for (int64_t o = 0; o < count; o++)
-            for (int j = 0; j < LANES; j++) sum[j] += g[o * LANES + j] * x[o * step * LANES + j];
-    for (int j = 0; j < LANES; j++) dw[j] += sum[j];
+        for (int64_t p = 0; p < positions; p++)
+            for (int j = 0; j < lanes; j++) to[p * step + at[j]] += from[p * LANES + j];
 }
 
-/* Gradients of a depthwise convolution from its kept channels.
-
-   grad (samples, channels, out) and input (samples, channels, in), each with its own steps from a position and from a
-   channel to the next; weight (channels, kernel), contiguous. input_grad, laid out as the input, may be null; weight_grad
-   (channels, kernel) and bias_grad (channels) come as zeros. A task is a sample and LANES kept channels; it goes through its
-   outputs in strips of rows whose data stays in the cache. */
-TARGET static int NAME(depthwise)(const float *grad, const float *input, const float *weight, const int64_t *index,
-                                  int64_t kept, int64_t samples, int64_t channels, const Geometry *geo, float *input_grad,
-                                  float *weight_grad, float *bias_grad, int threads)
+/* One tap of the kernel at count outputs of a row: its part of the weight's gradient, and of the input's if that is wanted. */
+TARGET static inline void NAME(tap)(const NAME(Vector) *restrict g, const NAME(Vector) *restrict x, NAME(Vector) *restrict dx,
+                                    const NAME(Vector) *restrict w, NAME(Vector) *restrict dw, int64_t count, int64_t step)
 {
+    NAME(Vector) low = dw[0], high = dw[1], w_low = w[0], w_high = w[1];
+    if (dx)
+        for (int64_t o = 0; o < count; o++) {
+            NAME(Vector) g_low = g[2 * o], g_high = g[2 * o + 1];
+            low += g_low * x[2 * o * step], high += g_high * x[2 * o * step + 1];
+            dx[2 * o * step] += g_low * w_low, dx[2 * o * step + 1] += g_high * w_high;
+        }
+    else
+        for (int64_t o = 0; o < count; o++)
+            low += g[2 * o] * x[2 * o * step], high += g[2 * o + 1] * x[2 * o * step + 1];
+    dw[0] = low, dw[1] = high;
+}
+
+/* Rows first to last of all channels of a sample's input gradient, set to zero. */
+TARGET static inline void NAME(clear)(float *sample, int64_t channels, const Geometry *geo, int64_t first, int64_t last)
+{
+    int64_t plane = geo->in[0] * geo->in[1] * geo->in[2], width = geo->in[2];
+    if (geo->input_channel == 1)
+        memset(sample + first * width * channels, 0, (size_t)((last - first) * width * channels) * sizeof(float));
+    else
+        for (int64_t c = 0; c < channels; c++)
+            memset(sample + c * plane + first * width, 0, (size_t)((last - first) * width) * sizeof(float));
+}
+
+/* What rows top to bottom of the outputs of one sample, in plane oz, add for LANES of the kept channels. memory has room for
+   these rows of grad, for those of the input that they see, twice, and for the weight; dw and db are sums. */
+TARGET static void NAME(depthwise_rows)(const Depthwise *all, int64_t sample, int64_t block, int64_t oz, int64_t top,
+                                        int64_t bottom, float *memory, float *dw, float *db)
+{
+    const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel, *s = geo->stride, *p = geo->padding, *d = geo->dilation;
-    int64_t taps = k[0] * k[1] * k[2], blocks = (kept + LANES - 1) / LANES, width = blocks * LANES;
-    int64_t in_plane = in[1] * in[2], in_all = in[0] * in_plane, out_all = out[0] * out[1] * out[2];
-    int64_t reach = (k[1] - 1) * d[1] + 1;
+    int64_t taps = k[0] * k[1] * k[2], count = (bottom - top) * out[2];
+    /* rows of the input that these outputs see */
+    int64_t first = top * s[1] - p[1], last = (bottom - 1) * s[1] - p[1] + (k[1] - 1) * d[1] + 1;
+    first = first < 0 ? 0 : first, last = last > in[1] ? in[1] : last;
+    int64_t size = first < last ? (last - first) * in[2] : 0;
+    float *w = memory, *g = w + taps * LANES, *x = g + count * LANES, *dx = x + size * LANES;
+
+    int lanes = (int)(all->kept - block * LANES < LANES ? all->kept - block * LANES : LANES);
+    int64_t at_grad[LANES] = {0}, at_input[LANES] = {0}, at_weight[LANES] = {0};
+    for (int j = 0; j < lanes; j++) {
+        at_grad[j] = all->index[block * LANES + j] * geo->grad_channel;
+        at_input[j] = all->index[block * LANES + j] * geo->input_channel;
+        at_weight[j] = all->index[block * LANES + j] * taps;
+    }
+    /* lanes beyond the last channel are computed with, too, and not read: zeros are quick */
+    if (lanes < LANES) memset(memory, 0, (size_t)((taps + count + 2 * size) * LANES) * sizeof(float));
+    NAME(pick)(all->weight, taps, 1, at_weight, lanes, w);
+    NAME(pick)(all->grad + sample * all->channels * out[0] * out[1] * out[2] + (oz * out[1] + top) * out[2] * geo->grad_position,
+               count, geo->grad_position, at_grad, lanes, g);
+    NAME(Vector) low = {0}, high = {0};
+    for (int64_t o = 0; o < count; o++) low += ((NAME(Vector) *)g)[2 * o], high += ((NAME(Vector) *)g)[2 * o + 1];
+    ((NAME(Vector) *)db)[0] += low, ((NAME(Vector) *)db)[1] += high;
+
+    for (int64_t a = 0; a < k[0] && size; a++) {
+        int64_t iz = oz * s[0] - p[0] + a * d[0];
+        if (iz < 0 || iz >= in[0]) continue;
+        int64_t offset = sample * all->channels * in[0] * in[1] * in[2] + (iz * in[1] + first) * in[2] * geo->input_position;
+        NAME(pick)(all->input + offset, size, geo->input_position, at_input, lanes, x);
+        if (all->input_grad) memset(dx, 0, (size_t)(size * LANES) * sizeof(float));
+        for (int64_t oy = top; oy < bottom; oy++)
+            for (int64_t b = 0; b < k[1]; b++) {
+                int64_t iy = oy * s[1] - p[1] + b * d[1];
+                if (iy < 0 || iy >= in[1]) continue;
+                for (int64_t c = 0; c < k[2]; c++) {
+                    /* outputs for which the tap lies inside of the input */
+                    int64_t shift = c * d[2] - p[2], from = shift < 0 ? (-shift + s[2] - 1) / s[2] : 0;
+                    int64_t to = shift < in[2] ? (in[2] - shift - 1) / s[2] + 1 : 0;
+                    to = to > out[2] ? out[2] : to;
+                    if (from >= to) continue;
+                    int64_t tap = (a * k[1] + b) * k[2] + c;
+                    int64_t place = ((iy - first) * in[2] + from * s[2] + shift) * LANES;
+                    NAME(tap)((NAME(Vector) *)(g + ((oy - top) * out[2] + from) * LANES), (NAME(Vector) *)(x + place),
+                              all->input_grad ? (NAME(Vector) *)(dx + place) : 0, (NAME(Vector) *)(w + tap * LANES),
+                              (NAME(Vector) *)(dw + tap * LANES), to - from, s[2]);
+                }
+            }
+        if (all->input_grad) NAME(put)(dx, size, geo->input_position, at_input, lanes, all->input_grad + offset);
+    }
+}
+
+/* All rows of outputs of one sample for some blocks of LANES kept channels, in strips whose data stays in the cache. clears:
+   no other task writes to the sample's input gradient, and its rows become zeros just before they are added to. */
+TARGET static void NAME(depthwise_sample)(const Depthwise *all, int64_t sample, int64_t first_block, int64_t last_block,
+                                          int64_t strip, int clears, float *memory, float *sums)
+{
+    const Geometry *geo = all->geometry;
+    const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
+    int64_t taps = k[0] * k[1] * k[2], cleared = 0;
+    float *own = all->input_grad ? all->input_grad + sample * all->channels * in[0] * in[1] * in[2] : 0;
+    clears = clears && own;
+    if (clears && in[0] > 1) { /* planes are seen from several others */
+        NAME(clear)(own, all->channels, geo, 0, in[0] * in[1]);
+        clears = 0;
+    }
+    for (int64_t oz = 0; oz < out[0]; oz++)
+        for (int64_t top = 0; top < out[1]; top += strip) {
+            int64_t bottom = top + strip < out[1] ? top + strip : out[1];
+            int64_t last = bottom == out[1] ? in[1] : (bottom - 1) * geo->stride[1] - geo->padding[1] + (k[1] - 1) * geo->dilation[1] + 1;
+            last = last > in[1] ? in[1] : last;
+            if (clears && last > cleared) {
+                NAME(clear)(own, all->channels, geo, cleared, last);
+                cleared = last;
+            }
+            for (int64_t block = first_block; block < last_block; block++) {
+                float *dw = sums + block * (taps + 1) * LANES;
+                NAME(depthwise_rows)(all, sample, block, oz, top, bottom, memory, dw, dw + taps * LANES);
+            }
+        }
+}
+
+/* Gradients of a depthwise convolution from its kept channels; see Depthwise for the arguments. */
+TARGET static int NAME(depthwise)(const Depthwise *all, int threads)
+{
+    const Geometry *geo = all->geometry;
+    const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
+    int64_t taps = k[0] * k[1] * k[2], blocks = (all->kept + LANES - 1) / LANES, reach = (k[1] - 1) * geo->dilation[1] + 1;
     /* as many rows of outputs as have their part of grad, input and input_grad in 128 KiB, one at least */
-    int64_t strip = (128 * 1024 / (int64_t)(sizeof(float) * LANES) - 2 * reach * in[2]) / (2 * s[1] * in[2] + out[2]);
+    int64_t strip = (128 * 1024 / (int64_t)(sizeof(float) * LANES) - 2 * reach * in[2]) / (2 * geo->stride[1] * in[2] + out[2]);
     strip = strip < 1 ? 1 : strip > out[1] ? out[1] : strip;
-    int64_t in_rows = (strip - 1) * s[1] + reach;
+    int64_t in_rows = (strip - 1) * geo->stride[1] + reach;
     in_rows = in_rows > in[1] ? in[1] : in_rows;
-    size_t sums = (size_t)((taps + 1) * width), floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + taps));
-    float *memory = calloc((size_t)threads * floats, sizeof(float));
+    size_t sums = (size_t)(blocks * (taps + 1) * LANES), floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + taps));
+    float *memory = malloc((size_t)threads * floats * sizeof(float));
     if (!memory) return 1;
+    for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
+    /* a task is a sample; where there are too few of them, one of its blocks */
+    int64_t parts = all->samples < 2 * threads && all->samples % threads ? blocks : 1;
 #pragma omp parallel num_threads(threads)
     {
-        float *dw = memory + (size_t)omp_get_thread_num() * floats, *x = dw + sums, *dx = x + LANES * in_rows * in[2];
-        float *g = dx + LANES * in_rows * in[2], *w = g + LANES * strip * out[2];
-        if (input_grad) {
+        float *own = memory + (size_t)omp_get_thread_num() * floats;
+        if (all->input_grad && parts > 1) {
 #pragma omp for schedule(static)
-            for (int64_t plane = 0; plane < samples * channels; plane++)
-                memset(input_grad + plane * in_all, 0, (size_t)in_all * sizeof(float));
+            for (int64_t plane = 0; plane < all->samples * all->channels; plane++)
+                memset(all->input_grad + plane * in[0] * in[1] * in[2], 0, (size_t)(in[0] * in[1] * in[2]) * sizeof(float));
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < samples * blocks; task++) {
-            int64_t n = task / blocks, block = task % blocks, at_grad[LANES] = {0}, at_input[LANES] = {0}, at_weight[LANES] = {0};
-            int lanes = (int)(kept - block * LANES < LANES ? kept - block * LANES : LANES);
-            for (int j = 0; j < lanes; j++) {
-                at_grad[j] = index[block * LANES + j] * geo->grad_channel;
-                at_input[j] = index[block * LANES + j] * geo->input_channel;
-                at_weight[j] = index[block * LANES + j] * taps;
-            }
-            /* lanes beyond the last channel hold what an earlier task left there; nobody reads what comes of them */
-            NAME(pick)(weight, taps, 1, at_weight, lanes, w);
-            float *db = dw + taps * width + block * LANES;
-            for (int64_t oz = 0; oz < out[0]; oz++)
-                for (int64_t top = 0; top < out[1]; top += strip) {
-                    int64_t bottom = top + strip < out[1] ? top + strip : out[1];
-                    int64_t offset = n * channels * out_all + (oz * out[1] + top) * out[2] * geo->grad_position;
-                    NAME(pick)(grad + offset, (bottom - top) * out[2], geo->grad_position, at_grad, lanes, g);
-                    for (int64_t o = 0; o < (bottom - top) * out[2]; o++)
-                        for (int j = 0; j < LANES; j++) db[j] += g[o * LANES + j];
-                    /* rows of the input that the strip sees */
-                    int64_t first = top * s[1] - p[1], last = (bottom - 1) * s[1] - p[1] + reach;
-                    first = first < 0 ? 0 : first, last = last > in[1] ? in[1] : last;
-                    for (int64_t a = 0; a < k[0] && first < last; a++) {
-                        int64_t iz = oz * s[0] - p[0] + a * d[0], size = (last - first) * in[2];
-                        if (iz < 0 || iz >= in[0]) continue;
-                        offset = n * channels * in_all + (iz * in_plane + first * in[2]) * geo->input_position;
-                        NAME(pick)(input + offset, size, geo->input_position, at_input, lanes, x);
-                        if (input_grad) memset(dx, 0, (size_t)(LANES * size) * sizeof(float));
-                        for (int64_t oy = top; oy < bottom; oy++)
-                            for (int64_t b = 0; b < k[1]; b++) {
-                                int64_t iy = oy * s[1] - p[1] + b * d[1];
-                                if (iy < 0 || iy >= in[1]) continue;
-                                for (int64_t c = 0; c < k[2]; c++) {
-                                    /* outputs for which the tap lies inside of the input */
-                                    int64_t shift = c * d[2] - p[2], from = shift < 0 ? (-shift + s[2] - 1) / s[2] : 0;
-                                    int64_t to = shift < in[2] ? (in[2] - shift - 1) / s[2] + 1 : 0;
-                                    to = to > out[2] ? out[2] : to;
-                                    if (from >= to) continue;
-                                    int64_t tap = (a * k[1] + b) * k[2] + c;
-                                    int64_t place = ((iy - first) * in[2] + from * s[2] + shift) * LANES;
-                                    NAME(tap)(g + ((oy - top) * out[2] + from) * LANES, x + place, input_grad ? dx + place : 0,
-                                              w + tap * LANES, dw + tap * width + block * LANES, to - from, s[2]);
-                                }
-                            }
-                        if (input_grad)
-                            for (int64_t i = 0; i < size; i++)
-                                for (int j = 0; j < lanes; j++)
-                                    input_grad[offset + i * geo->input_position + at_input[j]] += dx[i * LANES + j];
-                    }
-                }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < all->samples * parts; task++) {
+            int64_t part = task % parts;
+            NAME(depthwise_sample)(all, task / parts, parts > 1 ? part : 0, parts > 1 ? part + 1 : blocks, strip, parts == 1,
+                                   own + sums, own);
         }
     }
-    for (int64_t tap = 0; tap <= taps; tap++)
-        for (int64_t j = 0; j < kept; j++) {
+    for (int64_t j = 0; j < all->kept; j++)
+        for (int64_t tap = 0; tap <= taps; tap++) {
             double sum = 0;
-            for (int thread = 0; thread < threads; thread++) sum += memory[(size_t)thread * floats + (size_t)(tap * width + j)];
-            *(tap < taps ? weight_grad + index[j] * taps + tap : bias_grad + index[j]) = (float)sum;
+            for (int thread = 0; thread < threads; thread++)
+                sum += memory[(size_t)thread * floats + (size_t)((j / LANES * (taps + 1) + tap) * LANES + j % LANES)];
+            *(tap < taps ? all->weight_grad + all->index[j] * taps + tap : all->bias_grad + all->index[j]) = (float)sum;
         }
     free(memory);
     return 0;
 }
 
+/* Positions of a pointwise convolution that are worked on together, while their kept gradients stay in the innermost cache. */
+#define ROWS 64
+
+/* From the kept channels of ROWS rows, (rows, kept): the input's gradient (rows, inputs), and what is added to the weight's,
+   (kept, inputs); weight is (kept, inputs). Channels of the input in steps of two vectors, then one by one. */
+TARGET static void NAME(pointwise_rows)(const float *restrict g, int64_t rows, int64_t kept, const float *restrict x,
+                                        int64_t inputs, const float *restrict weight, float *restrict dx, float *restrict dw)
+{
+    int64_t c = 0;
+    for (; c + LANES <= inputs; c += LANES) {
+        if (dx) {
+            int64_t r = 0;
+            for (; r + 4 <= rows; r += 4) {
+                NAME(Vector) sums[8] = {{0}};
+                const float *own = g + r * kept;
+                for (int64_t j = 0; j < kept; j++) {
+                    const NAME(Vector) *w = (const NAME(Vector) *)(weight + j * inputs + c);
+                    sums[0] += own[j] * w[0], sums[1] += own[j] * w[1];
+                    sums[2] += own[kept + j] * w[0], sums[3] += own[kept + j] * w[1];
+                    sums[4] += own[2 * kept + j] * w[0], sums[5] += own[2 * kept + j] * w[1];
+                    sums[6] += own[3 * kept + j] * w[0], sums[7] += own[3 * kept + j] * w[1];
+                }
+                for (int i = 0; i < 8; i++) ((NAME(Vector) *)(dx + (r + i / 2) * inputs + c))[i % 2] = sums[i];
+            }
+            for (; r < rows; r++) {
+                NAME(Vector) low = {0}, high = {0};
+                for (int64_t j = 0; j < kept; j++) {
+                    const NAME(Vector) *w = (const NAME(Vector) *)(weight + j * inputs + c);
+                    low += g[r * kept + j] * w[0], high += g[r * kept + j] * w[1];
+                }
+                NAME(Vector) *to = (NAME(Vector) *)(dx + r * inputs + c);
+                to[0] = low, to[1] = high;
+            }
+        }
+        if (dw) {
+            int64_t j = 0;
+            for (; j + 4 <= kept; j += 4) {
+                NAME(Vector) sums[8] = {{0}};
+                for (int64_t r = 0; r < rows; r++) {
+                    const NAME(Vector) *from = (const NAME(Vector) *)(x + r * inputs + c);
+                    const float *own = g + r * kept + j;
+                    sums[0] += own[0] * from[0], sums[1] += own[0] * from[1];
+                    sums[2] += own[1] * from[0], sums[3] += own[1] * from[1];
+                    sums[4] += own[2] * from[0], sums[5] += own[2] * from[1];
+                    sums[6] += own[3] * from[0], sums[7] += own[3] * from[1];
+                }
+                for (int i = 0; i < 8; i++) ((NAME(Vector) *)(dw + (j + i / 2) * inputs + c))[i % 2] += sums[i];
+            }
+            for (; j < kept; j++) {
+                NAME(Vector) low = {0}, high = {0};
+                for (int64_t r = 0; r < rows; r++) {
+                    const NAME(Vector) *from = (const NAME(Vector) *)(x + r * inputs + c);
+                    low += g[r * kept + j] * from[0], high += g[r * kept + j] * from[1];
+                }
+                NAME(Vector) *to = (NAME(Vector) *)(dw + j * inputs + c);
+                to[0] += low, to[1] += high;
+            }
+        }
+    }
+    for (; c < inputs; c++)
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = 0;
+            for (int64_t j = 0; j < kept; j++) {
+                sum += g[r * kept + j] * weight[j * inputs + c];
+                if (dw) dw[j * inputs + c] += g[r * kept + j] * x[r * inputs + c];
+            }
+            if (dx) dx[r * inputs + c] = sum;
+        }
+}
+
+/* Gradients of a convolution of one position, unstrided, from its kept channels. grad (rows, channels), input and input_grad
+   (rows, inputs), weight and weight_grad (channels, inputs), bias_grad (channels). The last two come as zeros; input_grad and
+   weight_grad may be null. */
+TARGET static int NAME(pointwise)(const float *grad, const float *input, const float *weight, const int64_t *index,
+                                  int64_t kept, int64_t rows, int64_t channels, int64_t inputs, float *input_grad,
+                                  float *weight_grad, float *bias_grad, int threads)
+{
+    size_t sums = (size_t)(kept * (inputs + 1)), floats = sums + (size_t)(ROWS * kept);
+    float *memory = malloc(((size_t)threads * floats + (size_t)(kept * inputs)) * sizeof(float));
+    if (!memory) return 1;
+    for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
+    float *w = memory + (size_t)threads * floats;
+    for (int64_t j = 0; j < kept; j++) memcpy(w + j * inputs, weight + index[j] * inputs, (size_t)inputs * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float *dw = memory + (size_t)omp_get_thread_num() * floats, *db = dw + kept * inputs, *g = db + kept;
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (rows + ROWS - 1) / ROWS; block++) {
+            int64_t first = block * ROWS, count = rows - first < ROWS ? rows - first : ROWS;
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t j = 0; j < kept; j++) {
+                    float value = grad[(first + r) * channels + index[j]];
+                    g[r * kept + j] = value, db[j] += value;
+                }
+            NAME(pointwise_rows)(g, count, kept, input + first * inputs, inputs, w, input_grad ? input_grad + first * inputs : 0,
+                                 weight_grad ? dw : 0);
+        }
+    }
+    for (int64_t j = 0; j < kept; j++)
+        for (int64_t c = weight_grad ? 0 : inputs; c <= inputs; c++) {
+            double sum = 0;
+            for (int thread = 0; thread < threads; thread++)
+                sum += memory[(size_t)thread * floats + (size_t)(c < inputs ? j * inputs + c : kept * inputs + j)];
+            *(c < inputs ? weight_grad + index[j] * inputs + c : bias_grad + index[j]) = (float)sum;
+        }
+    free(memory);
+    return 0;
+}
+
+#undef ROWS
 #undef LANES

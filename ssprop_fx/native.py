@@ -25,7 +25,9 @@ _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "ssprop_abs_sum": [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT],
+    "ssprop_kept_channels": [_POINTER, _LONG, _LONG, _LONG, _POINTER],
     "ssprop_take_last": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "ssprop_pointwise": [*[_POINTER] * 4, *[_LONG] * 4, *[_POINTER] * 3, _INT],
     "ssprop_depthwise": [*[_POINTER] * 4, *[_LONG] * 3, *[_POINTER] * 4, _INT],
 }
 
@@ -64,10 +66,14 @@ def serves(*tensors: Tensor) -> bool:
 def steps(tensor: Tensor) -> tuple[int, int] | None:
     """How far apart neighbouring positions, and channels, of (N, K, *spatial) are in dense memory; None if it is not."""
     if tensor.is_contiguous():
-        return 1, tensor[0, 0].numel()
+        return 1, _positions(tensor)
     if tensor.dim() > 2 and tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous():
         return tensor.shape[1], 1
     return None
+
+
+def _positions(tensor: Tensor) -> int:
+    return tensor.numel() // (tensor.shape[0] * tensor.shape[1])
 
 
 def abs_sum(grad: Tensor) -> Tensor | None:
@@ -76,10 +82,17 @@ def abs_sum(grad: Tensor) -> Tensor | None:
     if layout is None:
         return None
     sums = grad.new_empty(grad.shape[1])
-    positions = grad[0, 0].numel()
     last = layout[1] == 1
-    _run("ssprop_abs_sum", grad, grad.data_ptr(), grad.shape[0], grad.shape[1], positions, last, sums.data_ptr())
+    _run("ssprop_abs_sum", grad, grad.data_ptr(), grad.shape[0], grad.shape[1], _positions(grad), last, sums.data_ptr())
     return sums
+
+
+def kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
+    """:func:`ssprop_fx.selection.kept_channels`; of channels of equal score the first are kept."""
+    score = score.contiguous()
+    index = torch.empty(groups * keep, dtype=torch.int64)
+    _check("ssprop_kept_channels", score, score.data_ptr(), score.shape[0], groups, keep, index.data_ptr())
+    return index
 
 
 def take_last(rows: Tensor, index: Tensor) -> Tensor:
@@ -129,11 +142,39 @@ def depthwise(
     return input_grad, weight_grad, bias_grad
 
 
+def pointwise(
+    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of an unstrided 1×1 convolution from some of its output channels.
+
+    Args:
+        grad: (N, K, *positions), channels last.
+        input: (N, C, *positions), channels last.
+        weight: (K, C, *ones).
+        index: (k,), the output channels.
+        mask: whether the gradients of input and weight are computed; that of the bias is.
+    """
+    index, matrix = index.contiguous(), weight.contiguous()
+    input_grad = torch.empty_like(input) if mask[0] else None
+    weight_grad = torch.zeros_like(matrix) if mask[1] else None
+    bias_grad = grad.new_zeros(grad.shape[1])
+    channels, inputs = grad.shape[1], input.shape[1]
+    _run(
+        "ssprop_pointwise", input,
+        grad.data_ptr(), input.data_ptr(), matrix.data_ptr(), index.data_ptr(), index.shape[0], grad.numel() // channels,
+        channels, inputs, *(0 if t is None else t.data_ptr() for t in (input_grad, weight_grad)), bias_grad.data_ptr(),
+    )  # fmt: skip
+    return input_grad, weight_grad, bias_grad
+
+
 def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:
     return [missing] * (3 - len(sizes)) + [int(size) for size in sizes]
 
 
 def _run(name: str, data: Tensor, *arguments: object) -> None:
-    threads = min(torch.get_num_threads(), 1 + data.numel() // _LEAST)
-    if getattr(library, name)(*arguments, threads):
+    _check(name, data, *arguments, min(torch.get_num_threads(), 1 + data.numel() // _LEAST))
+
+
+def _check(name: str, data: Tensor, *arguments: object) -> None:
+    if getattr(library, name)(*arguments):
         raise MemoryError(f"no memory for what {name} puts aside of a tensor {tuple(data.shape)}")

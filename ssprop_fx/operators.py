@@ -5,7 +5,7 @@ A compiler would make of each a kernel of C++ to be compiled, for seconds, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,3 +36,15 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 def wanted(tensor: Tensor, compiling: bool) -> bool:
     """Whether a compiler is to see an operator instead of the operations inside it, which ``torch.func`` has to see."""
     return compiling and tensor.device.type == "cpu" and not functorch_active()
+
+
+def shaped(likes: Sequence[Tensor], mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Results of an operator whose kernel gives what ``mask`` names: tensors as ``likes``, empty ones for the others."""
+    return tuple(torch.empty_like(t) if wanted else t.new_empty((0,)) for t, wanted in zip(likes, mask, strict=True))
+
+
+def laid_out(results: Sequence[Tensor | None], expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results in the layout that :func:`shaped` has promised."""
+    return tuple(
+        e if r is None else r if r.stride() == e.stride() else e.copy_(r) for r, e in zip(results, expected, strict=True)
+    )

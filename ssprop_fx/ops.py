@@ -24,6 +24,7 @@ from .cost import Call
 from .depthwise import depthwise_flops
 from .errors import SSPropError
 from .masking import is_masked
+from .pointwise import pointwise_flops
 from .products import product_flops
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
@@ -183,6 +184,7 @@ def register_flop_formulas() -> None:
 
     register_flop_formula(torch.ops.ssprop.product)(product_flops)
     register_flop_formula(torch.ops.ssprop.depthwise)(depthwise_flops)
+    register_flop_formula(torch.ops.ssprop.pointwise)(pointwise_flops)
     register_flop_formula(torch.ops.ssprop.conv)(_conv_flops)
     register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)(_conv_backward_flops)
 

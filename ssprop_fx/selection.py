@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import native, operators
-from .gather import after
+from ._compat import functorch_active
+from .gather import COMPARED, after
 
 # |G| is summed in slices of this many elements: a slice and its absolute value stay in the cache, and no
 # temporary of G's size is made. Up to twice as many are one slice.
@@ -68,7 +69,7 @@ def _sum(summed: Callable[..., Tensor], sliced: bool, *tensors: Tensor) -> Tenso
     """What ``summed`` makes of tensors (N, K, *spatial), (K,), slice by slice of the batch, or of one sample's space."""
     shape, size = tensors[0].shape, tensors[0].numel()
     dim = 0 if shape[0] > 1 else 2
-    if not sliced or size <= 2 * _SLICE or len(shape) <= dim:
+    if not sliced or tensors[0].device.type != "cpu" or size <= 2 * _SLICE or len(shape) <= dim:
         return summed(*tensors)
     parts = zip(*(tensor.split(max(1, _SLICE * shape[dim] // size), dim) for tensor in tensors), strict=True)
     total = summed(*next(parts))
@@ -101,15 +102,37 @@ def kept_channels(score: Tensor, groups: int, keep: int, compiling: bool = False
     Returns:
         (groups · keep,) indices into K.
     """
-    return (_kept_channels_operator if operators.wanted(score, compiling) else _kept_channels)(score, groups, keep)
+    if operators.wanted(score, compiling):
+        return _kept_channels_operator(score, groups, keep)
+    counts = compiling and not functorch_active() and score.numel() ** 2 // groups <= COMPARED
+    return (_counted_channels if counts else _kept_channels)(score, groups, keep)
 
 
 def _kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
+    if native.serves(score):
+        return native.kept_channels(score, groups, keep)
     per_group = score.shape[0] // groups
-    index = score.view(groups, per_group).topk(keep, dim=1).indices.sort(dim=1).values
+    index = score.view(groups, per_group).topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
     if groups > 1:
         index = index + torch.arange(groups, device=score.device).unsqueeze(1) * per_group
     return index.reshape(-1)
+
+
+def _counted_channels(score: Tensor, groups: int, keep: int) -> Tensor:
+    """The same by counting how many channels are ahead of each: a compiler makes three small kernels of it.
+
+    On an accelerator ``topk`` and ``sort`` are calls of the library's for each layer, which nothing can be fused with.
+    """
+    per_group = score.shape[0] // groups
+    own = torch.where(score.isnan(), float("inf"), score).view(groups, per_group, 1)
+    channel = torch.arange(per_group, device=score.device)
+    before = channel < channel.unsqueeze(1)
+    other = own.transpose(1, 2)
+    kept = ((other > own) | ((other == own) & before)).sum(2) < keep
+    place = (kept.unsqueeze(1) & before).sum(2)  # how many kept channels come before
+    here = kept.unsqueeze(1) & (place.unsqueeze(1) == torch.arange(keep, device=score.device).unsqueeze(1))
+    index = torch.where(here, channel, 0).sum(2)
+    return (index + torch.arange(groups, device=score.device).unsqueeze(1) * per_group).reshape(-1)
 
 
 def _kept_channels_fake(score: Tensor, groups: int, keep: int) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import ssprop_fx
+from ssprop_fx import operators
 from ssprop_fx.backward import dense_backward, sparse_backward
-from ssprop_fx.convolutions import ConvArgs
+from ssprop_fx.convolutions import ConvArgs, run, spec_of_module
 from ssprop_fx.gather import after, between_zeros, channels_last, spread, take
 
 INDEX = torch.tensor([1, 4, 6])
@@ -132,3 +133,34 @@ def test_a_pointwise_convolution_after_an_instance_norm(front_end, batch, dims):
     model(b).sin().sum().backward()
     for mine, wanted in zip(got, [b.grad, *(p.grad for p in model.parameters())], strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+
+
+CASES = {
+    "3x3": (nn.Conv2d(8, 40, 3, padding=1), (3, 8, 9, 10)),
+    "1x1": (nn.Conv2d(8, 40, 1), (3, 8, 9, 10)),
+    "1x1, strided": (nn.Conv2d(20, 40, 1, 2), (3, 20, 9, 10)),
+    "grouped": (nn.Conv2d(8, 40, 3, groups=4), (3, 8, 9, 10)),
+    "depthwise": (nn.Conv2d(8, 8, 3, 2, groups=8), (3, 8, 9, 10)),
+    "transposed": (nn.ConvTranspose2d(8, 40, 3, 2), (3, 8, 9, 10)),
+    "3-d": (nn.Conv3d(8, 40, 3), (2, 8, 5, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_what_accelerators_compile_equals_eager_mode(name, last, monkeypatch):
+    """No operator of ours, as on an accelerator: everything is there for a compiler to see."""
+    module, shape = CASES[name]
+    torch.manual_seed(0)
+    spec = spec_of_module(module)
+    args = ConvArgs(module.stride, module.padding, module.dilation, spec.transposed, module.output_padding, module.groups)
+    x, weight = torch.randn(shape, dtype=torch.float64), module.weight.detach().double()
+    grad = torch.randn_like(run(x, weight, None, args))
+    if last:
+        x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
+    keep = 3
+    eager = sparse_backward(grad, x, weight, None, args, (True, True, True), keep, "l1")
+    monkeypatch.setattr(operators, "wanted", lambda tensor, compiling: False)
+    compiled = sparse_backward(grad, x, weight, None, args, (True, True, True), keep, "l1", compiling=True)
+    for mine, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)

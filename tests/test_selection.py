@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ssprop_fx
+from ssprop_fx import native, selection
 from ssprop_fx.selection import (
     Demand,
     choices,
@@ -184,6 +185,30 @@ def test_non_finite_importance_ranks_first(bad):
     score[3] = bad
     assert kept_channels(score, 1, 1).tolist() == [3]
     assert kept_channels(score, 10, 1)[0] == 3
+
+
+@pytest.mark.parametrize("way", ["sorted", "counted", "in C"])
+@pytest.mark.parametrize("case", range(40))
+def test_every_way_to_choose_keeps_the_same_channels(case, way, monkeypatch):
+    """PyTorch's sorting, counting (compiled, on accelerators) and the loop in C, with ties and values that are not finite."""
+    torch.manual_seed(case)
+    groups, per_group = [1, 2, 5][case % 3], int(torch.randint(2, 200, ()))
+    keep = int(torch.randint(1, per_group + 1, ()))
+    score = torch.randn(groups * per_group) * 10.0 ** ((case % 9) * 8 - 32)
+    if case % 2:
+        score[torch.randint(0, len(score), (3,))] = [float("nan"), float("inf")][case % 4 // 2]
+    if case % 5 == 0:
+        score = score.round()
+    if way == "in C" and native.library is None:
+        pytest.skip("the loops in C have not been built")
+    if way != "in C":
+        monkeypatch.setattr(native, "library", None)
+    index = (selection._counted_channels if way == "counted" else selection._kept_channels)(score, groups, keep)
+    chosen = index.view(groups, keep)
+    assert (chosen.diff(dim=1) > 0).all()
+    rank = torch.where(score.isfinite(), score, float("inf")).view(groups, per_group)  # the two rank alike, and first
+    values = rank.gather(1, chosen - torch.arange(groups).unsqueeze(1) * per_group)
+    assert torch.equal(values.sort(dim=1).values, rank.sort(dim=1).values[:, -keep:])
 
 
 def gradient(dtype=torch.float32, shape=(3, 7, 5, 4)):

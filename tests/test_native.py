@@ -1,0 +1,213 @@
+"""The loops in C against PyTorch's operations, over layouts and geometries; and what must not reach them."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssprop_fx
+from ssprop_fx import native
+from ssprop_fx.backward import sparse_backward
+from ssprop_fx.convolutions import ConvArgs, run
+from ssprop_fx.dense import dense_backward
+from ssprop_fx.gather import take
+from ssprop_fx.selection import importance
+
+pytestmark = pytest.mark.skipif(native.library is None, reason="the loops in C have not been built")
+
+ALL = (True, True, True)
+
+
+def last(tensor):
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def oracle(grad, x, weight, index, args):
+    """The dense backward pass in double precision of the gradient whose other channels are zero."""
+    mask = torch.zeros(grad.shape[1], dtype=torch.float64).index_fill(0, index, 1.0)
+    masked = grad.double() * mask.view(-1, *[1] * (grad.dim() - 2))
+    return dense_backward(masked, x.double(), weight.double(), args, ALL)
+
+
+def assert_near(got, expected):
+    for mine, exact in zip(got, expected, strict=True):
+        scale = exact.abs().max().item() or 1.0
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (2, 8), (4, 16, 33, 31), (2, 150, 3, 5, 4), (1, 3, 300, 300), (5, 2048, 2, 2)]
+)
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, last])
+def test_importance_is_the_sum_of_absolute_values(shape, arrange, monkeypatch):
+    torch.manual_seed(0)
+    grad = arrange(torch.randn(shape))
+    exact = grad.double().abs().sum([d for d in range(grad.dim()) if d != 1])
+    torch.testing.assert_close(native.abs_sum(grad).double(), exact, rtol=1e-6, atol=0)
+    called = []
+    monkeypatch.setattr(native, "abs_sum", lambda grad: called.append(1))
+    importance(grad, None, "l1")
+    assert called
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, last])
+def test_what_is_not_finite_reaches_the_importance(value, arrange):
+    grad = arrange(torch.ones(2, 20, 9, 9))
+    grad[1, 13, 4, 5] = value
+    assert (~native.abs_sum(grad).isfinite()).nonzero().flatten().tolist() == [13]
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(5, 1), (64, 16), (300, 299)])
+def test_columns_are_taken(channels, kept):
+    rows, index = torch.randn(37, channels), torch.randperm(channels)[:kept]
+    assert torch.equal(native.take_last(rows, index), rows[:, index])
+
+
+GEOMETRIES = list(itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 4), (1, 2), (1, 3, 4)))
+
+
+@pytest.mark.parametrize(("samples", "channels", "kept"), [(1, 37, 21), (4, 37, 5), (7, 64, 32)])
+@pytest.mark.parametrize("layout", ["contiguous", "last", "mixed"])
+def test_depthwise_gradients(samples, channels, kept, layout):
+    torch.manual_seed(0)
+    tried = 0
+    for dim, stride, padding, dilation, kernel in GEOMETRIES:
+        x, weight = torch.randn(samples, channels, *(7, 9, 11)[:dim]), torch.randn(channels, 1, *[kernel] * dim)
+        if 7 + 2 * padding < dilation * (kernel - 1) + 1:
+            continue
+        args = ConvArgs([stride] * dim, [padding] * dim, [dilation] * dim, False, [0] * dim, channels)
+        grad = torch.randn_like(run(x, weight, None, args))
+        grad, x = last(grad) if layout == "last" else grad, x if layout == "contiguous" else last(x)
+        index = torch.randperm(channels)[:kept].sort().values
+        got = native.depthwise(grad, x, weight, index, args, True)
+        assert got[0].stride() == x.stride()
+        assert_near(got, oracle(grad, x, weight, index, args))
+        without = native.depthwise(grad, x, weight, index, args, False)
+        assert without[0] is None
+        assert torch.equal(without[1], got[1])
+        tried += 1
+    assert tried > 80
+
+
+def test_depthwise_gradients_of_long_rows_go_in_strips():
+    """One row of outputs does not fit into the cache, nor do all rows of the other, of unequal sides and steps."""
+    torch.manual_seed(0)
+    for size, kernel, stride, padding in [
+        ((3, 5000), (3, 3), (1, 1), (1, 1)),
+        ((90, 40), (5, 3), (2, 1), (1, 2)),
+        ((60, 70), (1, 1), (3, 2), (0, 0)),
+    ]:
+        x, weight = last(torch.randn(3, 24, *size)), torch.randn(24, 1, *kernel)
+        args = ConvArgs(stride, padding, (1, 1), False, (0, 0), 24)
+        grad = last(torch.randn_like(run(x, weight, None, args)))
+        index = torch.arange(0, 24, 3)
+        assert_near(native.depthwise(grad, x, weight, index, args, True), oracle(grad, x, weight, index, args))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kept"), [(1, 4, 1), (3, 8, 3), (16, 40, 16), (37, 40, 5), (64, 30, 29), (150, 20, 8)]
+)
+@pytest.mark.parametrize("positions", [(5,), (9, 7), (31, 33), (2, 3, 4)])
+def test_pointwise_gradients(inputs, outputs, kept, positions):
+    torch.manual_seed(0)
+    dim = len(positions)
+    x, weight = last(torch.randn(3, inputs, *positions)), torch.randn(outputs, inputs, *[1] * dim)
+    grad, index = last(torch.randn(3, outputs, *positions)), torch.randperm(outputs)[:kept].sort().values
+    args = ConvArgs([1] * dim, [0] * dim, [1] * dim, False, [0] * dim, 1)
+    expected = oracle(grad, x, weight, index, args)
+    got = native.pointwise(grad, x, weight, index, ALL)
+    assert got[0].stride() == x.stride()
+    assert_near(got, expected)
+    for mask in ((True, False), (False, True)):
+        part = native.pointwise(grad, x, weight, index, mask)
+        assert [t is not None for t in part[:2]] == list(mask)
+        assert_near([t for t in part[:2] if t is not None], [e for e, m in zip(expected, mask, strict=False) if m])
+
+
+MODULES = {
+    "depthwise": nn.Conv2d(32, 32, 3, padding=1, groups=32),
+    "pointwise": nn.Conv2d(8, 40, 1),
+    "3x3": nn.Conv2d(8, 40, 3),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", MODULES)
+def test_repeated_passes_agree_to_the_bit(name, threads):
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = MODULES[name].to(memory_format=torch.channels_last)
+        model = ssprop_fx.transform(module, {"drop_rate": 0.7, "schedule": {"kind": "constant"}})
+        x = torch.randn(5, module.in_channels, 40, 41).contiguous(memory_format=torch.channels_last).requires_grad_()
+        parts = [x, *model.parameters()]
+        first, *others = [torch.autograd.grad(model(x).pow(2).sum(), parts) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_without_the_loops_the_gradients_are_the_same(name, monkeypatch):
+    torch.manual_seed(0)
+    module = MODULES[name].to(memory_format=torch.channels_last)
+    args = ConvArgs(module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+    x = last(torch.randn(4, module.in_channels, 12, 13))
+    weight = module.weight.detach()
+    grad = last(torch.randn_like(run(x, weight, None, args)))
+    given = grad, x, weight, None, args, ALL, 5, "l1"
+    with torch.no_grad():
+        got = sparse_backward(*given)
+        monkeypatch.setattr(native, "library", None)
+        expected = sparse_backward(*given)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_only_plain_data_that_nobody_watches_is_served():
+    tensor = torch.ones(2, 3, 4, 4)
+    assert native.serves(tensor)
+    assert native.serves(nn.Parameter(tensor)) is False  # a graph is being recorded
+    for other in (tensor.double(), tensor.to("meta"), tensor.bfloat16(), tensor[:0], tensor.as_subclass(Subclass)):
+        assert not native.serves(tensor, other)
+    seen = []
+    torch.func.vmap(lambda t: (seen.append(native.serves(t)), t)[1])(tensor)
+    with FlopCounterMode(display=False):
+        seen.append(native.serves(tensor))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(native.serves(torch.autograd.forward_ad.make_dual(tensor, tensor)))
+    assert seen == [False] * 3
+
+
+def test_data_that_is_not_dense_goes_another_way():
+    whole = torch.randn(2, 6, 8, 8)
+    part = whole[:, ::2, 1:5]
+    assert native.abs_sum(part) is None
+    torch.testing.assert_close(importance(part, None, "l1"), part.abs().sum((0, 2, 3)))
+    assert torch.equal(take(part, 1, torch.tensor([2])), part[:, [2]])
+
+
+def test_the_package_works_where_they_have_not_been_built():
+    code = """
+import importlib.machinery
+importlib.machinery.EXTENSION_SUFFIXES[:] = [".none"]
+import torch, ssprop_fx
+from ssprop_fx import native
+assert native.library is None
+model = ssprop_fx.transform(torch.nn.Conv2d(3, 8, 3, groups=1), {"drop_rate": 0.5, "schedule": {"kind": "constant"}})
+model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+print((model.weight.grad.flatten(1).abs().sum(1) > 0).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "4"), done.stderr
