@@ -1,4 +1,4 @@
-"""Loops in C, for what PyTorch has no operation of one pass over memory: ``kernels.c``, float32 on the CPU.
+"""Loops in C, for what PyTorch has no operation of one pass over memory: ``kernels/``, float32 on the CPU.
 
 They are built when the package is installed, if there is a C compiler. Without, the same is computed with PyTorch's
 operations, which takes longer: most of all for depthwise layers and layers of few channels.
@@ -33,7 +33,7 @@ _ARGUMENTS = {
 
 
 def _load() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "kernels"
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"_kernels{suffix}"
         try:

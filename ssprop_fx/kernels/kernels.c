@@ -1,6 +1,6 @@
 /* What ssprop_fx/native.py calls: loops over float32 data for which PyTorch has no operation of one pass.
 
-   Plain C with OpenMP, without Python's or PyTorch's headers. The loops stand in kernels.h, which is compiled once for any
+   Plain C with OpenMP, without Python's or PyTorch's headers. The loops stand in loops.h, which is compiled once for any
    processor and, on x86-64, for AVX2 and for AVX-512; each call runs what the processor has. */
 
 #include <math.h>
@@ -39,14 +39,14 @@ typedef struct {
 #define VARIANT _any
 #define TARGET
 #define BYTES 32
-#include "kernels.h"
+#include "loops.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #undef VARIANT
 #undef TARGET
 #define VARIANT _avx2
 #define TARGET __attribute__((target("avx2,fma")))
-#include "kernels.h"
+#include "loops.h"
 
 #undef VARIANT
 #undef TARGET
@@ -54,7 +54,7 @@ typedef struct {
 #define VARIANT _avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BYTES 64
-#include "kernels.h"
+#include "loops.h"
 
 static int vectors(void) /* bytes of the widest that this processor has */
 {
