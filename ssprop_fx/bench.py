@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arms import ARMS, at_factor, base_of, check_arms, freeze
+from .arms import ARMS, at_factor, base_of, check_arms
+from .bench_run import Run
+from .ceiling import Ceiling
+from .energy import counter_of
 from .errors import SSPropError, nearest
 from .files import check_writable
-from .inspection import inspect
+from .joules import SECONDS, Counter, joules_of, tick
 from .policy import Policy
-from .report import Report
-from .steps import call_model, scalar_loss
-from .timing import Ratio, processor, ratio, synchronize, take_turns, timed
+from .steps import device_of, scalar_loss
+from .timing import Spread, accelerator, processor, ratio, take_turns, working_on
+
+WARMUP = {"cpu": 2, "cuda": 10}  # rounds that are not timed: clocks, the allocator and lazy libraries settle in them
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class ArmResult:
         ratio: of the whole step, round by round, to the step of ``base``.
         base: the dense arm that runs the same way, eager or compiled.
         peak_bytes: tensor memory at the highest point of a step, over what lives between steps; None if not measured.
-        ceiling: part of the dense step that would be left; None for a dense arm, as is ``captured``.
+        ceiling: part of the dense step that would be left; None for a dense arm, or if it is unknown, as is ``captured``.
         captured: see the module.
+        joules: of the device in a step, over blocks of steps; None if not measured, as is ``joules_ratio``.
+        joules_ratio: to those of ``base``, block by block.
     """
 
     first: float
@@ -47,35 +52,55 @@ class ArmResult:
     backward: float
     step: float
     base: str
-    ratio: Ratio
+    ratio: Spread
     peak_bytes: int | None = None
     ceiling: float | None = None
     captured: float | None = None
+    joules: Spread | None = None
+    joules_ratio: Spread | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return {**self.__dict__, "ratio": self.ratio.to_dict()}
+        return asdict(self)
 
 
 @dataclass
 class BenchResult:
-    """What :func:`bench` measured."""
+    """What :func:`bench` measured.
+
+    Attributes:
+        model: class name.
+        setting: what it was measured on, and how.
+        arms: results by name.
+        times: seconds of every step, by arm.
+        joules: joules a step of every block, by arm; empty if not measured.
+        unknown: what could not be told, and why.
+    """
 
     model: str
     setting: dict[str, Any]
     arms: dict[str, ArmResult]
     times: dict[str, list[float]] = field(repr=False)
+    joules: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    unknown: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         arms = {name: arm.to_dict() for name, arm in self.arms.items()}
-        return {"model": self.model, "setting": self.setting, "arms": arms, "seconds": self.times}
+        return {
+            "model": self.model, "setting": self.setting, "arms": arms, "seconds": self.times, "joules": self.joules,
+            "unknown": self.unknown,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         s = self.setting
         head = f"{self.model}, drop rate {s['policy']['drop_rate']:g}, PyTorch {s['torch']}, {s['device']}"
         head += f" ({s['processor']}), {s['threads']} threads" if s["device"] == "cpu" else ""
-        names = ("arm", "forward", "backward", "step", "of", "ratio (quartiles)", "ceiling", "captured", "peak", "first step")
+        head += f" ({s['gpu']})" if "gpu" in s else ""
+        names = (
+            "arm", "forward", "backward", "step", "of", "ratio (quartiles)", "ceiling", "captured", "peak",
+            "energy (quartiles)", "energy ratio", "first step",
+        )  # fmt: skip
         rows: list[tuple[str, ...]] = [names]
         for name, arm in self.arms.items():
             ms = [f"{1e3 * t:.1f} ms" for t in (arm.forward, arm.backward, arm.step)]
@@ -84,12 +109,14 @@ class BenchResult:
                 "" if arm.ceiling is None else f"{arm.ceiling:.3f}",
                 "" if arm.captured is None else f"{arm.captured:.3f}",
                 "" if arm.peak_bytes is None else f"{arm.peak_bytes / 2**20:.1f} MiB",
+                "" if arm.joules is None else "{median:.4g} J ({low:.4g}–{high:.4g})".format(**arm.joules.to_dict()),
+                "" if arm.joules_ratio is None else str(arm.joules_ratio),
                 f"{arm.first:.1f} s",
             ))  # fmt: skip
         used = [i for i in range(len(names)) if any(row[i] for row in rows[1:])]
         widths = {i: max(len(row[i]) for row in rows) for i in used}
         lines = ["  ".join(row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used) for row in rows]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(f"unknown: {reason}" for reason in self.unknown)])
 
     def plot(self, path: str | Path) -> None:
         """Draw every step's time into a PNG; needs matplotlib."""
@@ -140,6 +167,7 @@ def bench(
     memory: bool = False,
     amp: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    energy: bool = False,
 ) -> BenchResult:
     """Time training steps (forward, loss, backward; no optimizer) of several arms, which take turns.
 
@@ -153,136 +181,85 @@ def bench(
         memory: measure peak memory, too, in a step more of each arm.
         amp: run the forward pass under autocast with this type.
         progress: called with a line of text before every stage.
+        energy: measure the device's joules, too, in blocks of steps after the rounds: on CUDA half a minute an arm.
 
     Raises:
-        SSPropError: an arm is unknown, or the model's outputs carry no gradient.
+        SSPropError: an arm is unknown, the model's outputs carry no gradient, or nothing counts the device's energy.
     """
     check_arms(arms)
-    policy = at_factor(policy or Policy(), 1.0)
-    names = list(dict.fromkeys([*dict.fromkeys(base_of(arm) for arm in arms), *arms]))
-    runs: dict[str, _Run] = {}
-    for name in names:
-        progress(f"first step of {name}")
-        runs[name] = _Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
-    progress(f"{rounds} rounds of {', '.join(names)}")
-    times = {name: [t / ARMS[name].steps for t in row] for name, row in take_turns(runs, rounds, warmup=2).items()}
+    device = device_of(model)
+    with working_on(device):
+        counter = _checked(counter_of(device)) if energy else None
+        policy = at_factor(policy or Policy(), 1.0)
+        names = list(dict.fromkeys([*dict.fromkeys(base_of(arm) for arm in arms), *arms]))
+        runs: dict[str, Run] = {}
+        for name in names:
+            progress(f"first step of {name}")
+            runs[name] = Run(name, copy.deepcopy(model), example_inputs, policy, loss or scalar_loss, amp)
+        return _measured(runs, type(model).__name__, policy, rounds, memory, counter, progress)
+
+
+def _checked(counter: Counter) -> Counter:
+    tick(counter)
+    return counter
+
+
+def _measured(
+    runs: Mapping[str, Run], model: str, policy: Policy, rounds: int, memory: bool, counter: Counter | None,
+    progress: Callable[[str], None],
+) -> BenchResult:  # fmt: skip
+    device, amp = next((run.device, run.amp) for run in runs.values())
+    progress(f"{rounds} rounds of {', '.join(runs)}")
+    warmup = WARMUP.get(device.type, WARMUP["cpu"])
+    times = take_turns({name: run.seconds for name, run in runs.items()}, rounds, warmup, figure=lambda seconds: seconds())
     splits = {name: run.splits[-rounds:] for name, run in runs.items()}
-    ceilings: dict[str, Ceiling] = {}
-    for base in dict.fromkeys(base_of(arm) for arm in arms):
-        progress(f"convolutions of {base}")
-        ceilings[base] = Ceiling.of(runs[base])
+    unknown: list[str] = []
+    joules: dict[str, list[float]] = {}
+    if counter is not None:  # before the profiler, which stays in the driver's way
+        progress(f"joules of {', '.join(runs)}")
+        try:
+            joules = joules_of({name: run.advance for name, run in runs.items()}, counter, SECONDS[device.type])
+        except Exception as problem:  # NVML raises its own errors; the times are worth having without
+            unknown.append(f"joules: {problem}")
+    ceilings, reasons = _ceilings(runs, times, progress)
     results = {}
     for name, run in runs.items():
         base = base_of(name)
-        ceiling = captured = None
-        if ARMS[name].sparse:
-            ceiling = 1 - ceilings[base].saving(run.report())
-            if ceiling < 1:
-                captured = (1 - ratio(times[name], times[base]).median) / (1 - ceiling)
-        split = splits[name]
+        ratios, ceiling, split = ratio(times[name], times[base]), ceilings.get(name), splits[name]
         results[name] = ArmResult(
             run.first, statistics.median(f for f, _ in split), statistics.median(b for _, b in split),
-            statistics.median(times[name]), base, ratio(times[name], times[base]),
-            run.peak_bytes() if memory else None, ceiling, captured,
+            statistics.median(times[name]), base, ratios,
+            run.peak_bytes() if memory else None,
+            ceiling,
+            (1 - ratios.median) / (1 - ceiling) if ceiling is not None and ceiling < 1 else None,
+            Spread.of(joules[name]) if joules else None,
+            ratio(joules[name], joules[base]) if joules else None,
         )  # fmt: skip
     setting = {
         "torch": torch.__version__, "processor": processor(), "threads": torch.get_num_threads(), "rounds": rounds,
-        "policy": policy.to_dict(), "device": str(next(model.parameters()).device),
-        "amp": str(amp).removeprefix("torch.") if amp else None,
+        "policy": policy.to_dict(), "device": str(device), "amp": str(amp).removeprefix("torch.") if amp else None,
+        **accelerator(device),
     }  # fmt: skip
-    return BenchResult(type(model).__name__, setting, results, times)
+    return BenchResult(model, setting, results, times, joules, unknown + reasons)
 
 
-class _Run:
-    """One arm's model, ready to make steps."""
-
-    def __init__(self, name: str, model: nn.Module, inputs: Any, policy: Policy, loss: Any, amp: Any) -> None:
-        self.name, self.inputs, self.loss, self.amp = name, inputs, loss, amp
-        self.splits: list[tuple[float, float]] = []
-        if name == "frozen":
-            freeze(model, self._forward_of(model), policy)
-        self.model = ARMS[name].build(model, policy)
-        self.first = timed(self)
-
-    def _forward_of(self, model: Any) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
-            device = next(model.parameters()).device.type
-            with torch.autocast(device, self.amp, enabled=self.amp is not None):
-                return self.loss(call_model(model, self.inputs))
-
-        return forward
-
-    def __call__(self) -> None:
-        parts = [self._step() for _ in range(ARMS[self.name].steps)]
-        self.splits.append((statistics.mean(f for f, _ in parts), statistics.mean(b for _, b in parts)))
-
-    def _step(self) -> tuple[float, float]:
-        start = time.perf_counter()
-        result = self._forward_of(self.model)()
-        synchronize()
-        middle = time.perf_counter()
-        result.backward()
-        synchronize()
-        end = time.perf_counter()
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        return middle - start, end - middle
-
-    def report(self) -> Report:
-        """Kept channels and shapes by layer."""
-        return inspect(self.model)
-
-    def peak_bytes(self) -> int:
-        """Highest tensor memory of a step, over what lives before it."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self()
-            return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self()
-        level = peak = 0
-        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            level += event.nbytes()
-            peak = max(peak, level)
-        return peak
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What part of a dense step the convolutions' backward passes take, by shapes of gradient, input and weight.
-
-    Parts of a step, not seconds: the machine need not be as quick as it was when the steps were timed.
-    """
-
-    shares: Mapping[tuple, float]
-
-    @classmethod
-    def of(cls, run: _Run, rounds: int = 7) -> Ceiling:
-        """By the profiler, from inside whole steps: the median of ``rounds`` steps, for each shape."""
-        found: dict[tuple, list[float]] = {}
-        for number in range(rounds):
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-                seconds = timed(run)
-            for event in profile.events():
-                if event.name == "aten::convolution_backward":
-                    key = tuple(tuple(shape) for shape in event.input_shapes[:3])
-                    spent = event.device_time_total or event.cpu_time_total
-                    found.setdefault(key, [0.0] * rounds)[number] += spent / 1e6 / seconds
-        return cls({key: statistics.median(shares) for key, shares in found.items()})
-
-    def saving(self, report: Report) -> float:
-        """Part of the step that the dropped channels of a report stand for; layers of one shape are averaged."""
-        kept: dict[tuple, list[float]] = {}
-        for row in report.rows:
-            if row.rewritten and row.output_shape and row.input_shape and row.weight_shape and row.total:
-                key = (tuple(row.output_shape), tuple(row.input_shape), tuple(row.weight_shape))
-                kept.setdefault(key, []).extend([(row.kept or 0) / row.total] * row.calls)
-        missing = self.shares.keys() - kept.keys()
-        if missing:
-            raise SSPropError(f"{len(missing)} convolutions of the profile are not in the report: {sorted(missing)[:3]}")
-        return sum((1 - statistics.mean(kept[key])) * share for key, share in self.shares.items())
+def _ceilings(
+    runs: Mapping[str, Run], times: Mapping[str, list[float]], progress: Callable[[str], None]
+) -> tuple[dict[str, float], list[str]]:
+    """What would be left of a step of the dense arm, of those that follow the policy, and why it is not known of others."""
+    found: dict[str, float] = {}
+    unknown = []
+    for base in dict.fromkeys(base_of(name) for name in runs if ARMS[name].sparse):
+        progress(f"convolutions of {base}")
+        arms = [name for name in runs if ARMS[name].sparse and base_of(name) == base]
+        try:
+            ceiling = Ceiling.of(runs[base], statistics.median(times[base]))
+        except (SSPropError, RuntimeError) as problem:  # a profile that fails must not cost the times
+            unknown.append(f"ceiling of {', '.join(arms)}: {problem}")
+            continue
+        for name in arms:
+            try:
+                found[name] = 1 - ceiling.saving(runs[name].report())
+            except SSPropError as problem:
+                unknown.append(f"ceiling of {name}: {problem}")
+    return found, unknown

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .errors import SSPropError
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -92,4 +94,17 @@ def counters(devices: Iterable[torch.device]) -> tuple[dict[str, Rapl | Nvml], l
     return found, reasons
 
 
-__all__ = ["Nvml", "Rapl", "counters"]
+def counter_of(device: torch.device) -> Rapl | Nvml:
+    """The counter of what a device uses: of all CPU packages for ``cpu``.
+
+    Raises:
+        SSPropError: nothing counts it here, or it may not be read.
+    """
+    found, reasons = counters([device] if device.type == "cuda" else [])
+    if device.type not in found:
+        why = next((reason for reason in reasons if reason.startswith(device.type)), f"{device.type}: nothing counts it")
+        raise SSPropError(f"energy cannot be measured here: {why}. Next step: mend that, or measure without energy")
+    return found[device.type]
+
+
+__all__ = ["Nvml", "Rapl", "counter_of", "counters"]

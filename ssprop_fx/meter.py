@@ -98,8 +98,8 @@ class Meter:
         if self._start is not None:
             raise SSPropError("a step of this meter has begun already; one `with meter:` is one step, and they do not nest")
         factor = self._report.factor_at(self._report.policy.steps) if self._report else 0.0
+        self._synchronize()  # first: what the step before left in the queue is that step's, in joules, too
         energy = self._energy()
-        self._synchronize()
         self._start = time.perf_counter(), factor, energy
         return self
 

@@ -27,12 +27,13 @@ from .cost import Call
 from .files import write_json
 from .masking import is_masked
 from .selection import AUTO, Demand, keep_count, plan_counts
-from .timing import processor, take_turns
+from .timing import processor, take_turns, timed
 
 logger = logging.getLogger(__name__)
 
 MARGIN = 0.97  # the sparse pass has to be below this share of the dense one; less is within the noise of a measurement
 _ROUNDS, _SECONDS = 15, 0.3
+_QUEUED = 10  # calls that an accelerator gets at once
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def measure(call: Call, keeps: Sequence[int], criterion: str = "l1", gradients: 
                 calls[str(keep)] = functools.partial(
                     sparse_backward, grad, input, weight, output, call.args, mask, keep, criterion, gradients
                 )
-            times = {n: statistics.median(t) for n, t in take_turns(calls, _ROUNDS, 2, _SECONDS * len(calls)).items()}
+            # waited for one by one, calls on a device would cost their launches and the waiting, which training hides
+            figure = functools.partial(timed, repeats=1 if call.device == "cpu" else _QUEUED)
+            taken = take_turns(calls, _ROUNDS, 2, _SECONDS * len(calls), figure=figure)
+            times = {name: statistics.median(each) for name, each in taken.items()}
         for keep in missing:
             store[names[keep]] = [times["dense"], times[str(keep)]]
         _write(store)

@@ -90,6 +90,11 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     return model(*example_inputs) if isinstance(example_inputs, (tuple, list)) else model(example_inputs)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """That the model's first parameter is on; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def scalar_loss(outputs: Any) -> Tensor:
     """A loss for any model: the sum of the mean squares of its floating-point outputs.
 

@@ -5,13 +5,15 @@ The noise of a machine hits all of them, and a ratio is taken within a round, be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,44 @@ import torch
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A ratio of two times, with its spread: median and quartiles over rounds."""
+class Spread:
+    """Median and quartiles of what was measured once a round."""
 
     median: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+        return cls(statistics.median(values), low, high)
+
     def to_dict(self) -> dict[str, float]:
         """Plain numbers, for JSON."""
-        return {"median": self.median, "low": self.low, "high": self.high}
+        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f})"
 
 
-def ratio(times: list[float], base: list[float]) -> Ratio:
-    """Of two lists of times, round by round."""
-    ratios = [t / b for t, b in zip(times, base, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return Ratio(statistics.median(ratios), low, high)
+def ratio(values: Sequence[float], base: Sequence[float]) -> Spread:
+    """Of two lists of times, or of joules, round by round."""
+    return Spread.of([t / b for t, b in zip(values, base, strict=True)])
+
+
+def timed(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds that the call takes, work that it left to an accelerator included.
+
+    Args:
+        repeats: calls one after another, with one wait at the end; the result is one call's part.
+    """
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def take_turns(
@@ -47,6 +67,7 @@ def take_turns(
     warmup: int = 1,
     seconds: float = float("inf"),
     progress: Callable[[], None] = lambda: None,
+    figure: Callable[[Callable[[], Any]], float] = timed,
 ) -> dict[str, list[float]]:
     """Run every call once a round and time it.
 
@@ -56,13 +77,14 @@ def take_turns(
         warmup: rounds before, not timed.
         seconds: no new round begins later than this after the first timed one; there is one in any case.
         progress: called after every call.
+        figure: makes the call and gives its figure; :func:`timed`, or what measures something else.
 
     Returns:
-        For each name the times, in seconds, one per round, in the order of the rounds.
+        For each name the times, in seconds, or other figures, one per round, in the order of the rounds.
     """
     order = list(calls)
     shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    figures: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for number in range(-warmup, rounds):
         if number == 0:
@@ -71,20 +93,46 @@ def take_turns(
             break
         shuffle(order)  # who comes after whom matters: caches, the memory allocator
         for name in order:
-            taken = timed(calls[name])
+            found = figure(calls[name])
             if number >= 0:
-                times[name].append(taken)
+                figures[name].append(found)
             progress()
-    return times
+    return figures
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds that the call takes, work that it left to an accelerator included."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+class Laps:
+    """Marks in the work on a device, and the seconds between neighbours.
+
+    On CUDA a mark is an event in the stream that works. Nobody waits there, so the host runs ahead between two marks as it does
+    in training. Elsewhere a mark waits and reads the host's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Here one part of the work ends, and the next one begins."""
+        if self._stream is None:
+            synchronize()
+            self._marks.append(time.perf_counter())
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(self._stream)
+            self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between neighbouring marks, once the device has come to the last one."""
+        pairs = itertools.pairwise(self._marks)
+        if self._stream is None:
+            return [b - a for a, b in pairs]
+        self._marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
+def working_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A CUDA device as the current one: the one that is waited for, and whose memory is counted."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def synchronize() -> None:
@@ -103,3 +151,20 @@ def processor() -> str:
     except OSError:
         pass
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def accelerator(device: torch.device) -> dict[str, Any]:
+    """What decides about times on a CUDA device, besides the model; nothing for other devices.
+
+    Returns:
+        Name, cuDNN's version, whether convolutions and matrix products of float32 are rounded to TF32, and whether cuDNN tries
+        its algorithms.
+    """
+    if device.type != "cuda":
+        return {}
+    cudnn: Any = torch.backends.cudnn
+    parts = {"cudnn": cudnn.conv, "matmul": torch.backends.cuda.matmul}  # `allow_tf32` raises once `fp32_precision` was set
+    return {
+        "gpu": torch.cuda.get_device_name(device), "cudnn": cudnn.version(), "cudnn_benchmark": cudnn.benchmark,
+        "tf32": {name: part.fp32_precision == "tf32" for name, part in parts.items()},
+    }  # fmt: skip

@@ -28,13 +28,14 @@ ShapesOption = Annotated[
     typer.Option("--input", "-i", metavar="SHAPE", help="Of an input, as 16x3x224x224; repeat it for more inputs."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
+AmpOption = Annotated[str | None, typer.Option("--amp", metavar="TYPE", help="Autocast type: bfloat16 or float16.")]
 ContiguousOption = Annotated[bool, typer.Option("--contiguous", help="Memory order NCHW instead of channels-last.")]
 
 
 @app.command(
     epilog="Examples:\n\n  ssprop-fx tune torchvision:mobilenet_v2 --input 16x3x128x128 -o policy.yaml\n\n"
     "  ssprop-fx tune net.py:build -p policy.yaml -i 32x1x28x28 -o tuned.yaml\n\n"
-    "  ssprop-fx tune timm:resnet50 -i 64x3x224x224 --device cuda --json | jq .seconds"
+    "  ssprop-fx tune timm:resnet50 -i 64x3x224x224 --device cuda --amp bfloat16 --json | jq .seconds"
 )
 def tune(
     model: ModelArgument,
@@ -49,12 +50,14 @@ def tune(
     ] = None,
     device: DeviceOption = "cpu",
     contiguous: ContiguousOption = False,
+    amp: AmpOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time every distinct convolution of a model, and write a policy that leaves dense what does not pay.
 
     Give the batch and image size that you train with. What was timed before, on this machine, is not timed again.
     """
+    dtype = _autocast_type(amp)
     chosen = read_policy(policy)
     if output is not None and output.exists() and not force:
         raise SSPropError(f"{output} exists and is left as it is; choose another name, or --force")
@@ -69,7 +72,7 @@ def tune(
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, description=text)
 
-        tuned = running(model, shapes, lambda: run_tune(built, inputs, chosen, rates or RATES, progress))
+        tuned = running(model, shapes, lambda: run_tune(built, inputs, chosen, rates or RATES, progress, dtype))
     if output is not None:
         try:
             output.write_text(tuned.to_yaml(), encoding="utf-8")
@@ -90,7 +93,7 @@ def tune(
 @app.command(
     epilog="Examples:\n\n  ssprop-fx bench torchvision:resnet18 --input 16x3x128x128\n\n"
     "  ssprop-fx bench net.py:build -p policy.yaml -i 32x1x28x28 --arm eager --arm transform --memory\n\n"
-    "  ssprop-fx bench timm:resnet50 -i 256x3x224x224 --device cuda --amp bfloat16 --json > result.json"
+    "  ssprop-fx bench timm:resnet50 -i 256x3x224x224 --device cuda --amp bfloat16 --memory --energy"
 )
 def bench(
     model: ModelArgument,
@@ -103,8 +106,11 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each arm; they take turns.")] = 21,
     device: DeviceOption = "cpu",
     contiguous: ContiguousOption = False,
-    amp: Annotated[str | None, typer.Option(metavar="TYPE", help="Autocast type: bfloat16 or float16.")] = None,
+    amp: AmpOption = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory, too.")] = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Measure joules, too (NVML, RAPL); on CUDA half a minute an arm.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the times there (PNG; needs matplotlib).")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,8 +118,7 @@ def bench(
 
     A step is forward, loss (mean square of the outputs) and backward, with the policy's full drop rates.
     """
-    if amp not in (None, "bfloat16", "float16"):
-        raise typer.BadParameter(f"{amp!r} is no autocast type; expected bfloat16 or float16")
+    dtype = _autocast_type(amp)
     wanted = arms or ["dense", "ssprop", "dense-phase"]
     try:
         check_arms(wanted)
@@ -129,18 +134,24 @@ def bench(
         def progress(line: str) -> None:
             status.update(line)
 
-        dtype = getattr(torch, amp) if amp else None
         result = running(
-            model,
-            shapes,
-            lambda: run_bench(built, inputs, chosen, wanted, rounds, memory=memory, amp=dtype, progress=progress),
-        )
+            model, shapes,
+            lambda: run_bench(
+                built, inputs, chosen, wanted, rounds, memory=memory, amp=dtype, progress=progress, energy=energy
+            ),
+        )  # fmt: skip
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
     if plot is not None:
         try:
             result.plot(plot)
         except (OSError, ValueError, ImportError) as problem:  # no such folder, no such format, no matplotlib
             raise SSPropError(f"{plot} cannot be drawn: {first_line(problem)}") from None
+
+
+def _autocast_type(name: str | None) -> torch.dtype | None:
+    if name not in (None, "bfloat16", "float16"):
+        raise typer.BadParameter(f"{name!r} is no autocast type; expected bfloat16 or float16")
+    return getattr(torch, name) if name else None
 
 
 def _on_device(name: str, shapes: list[str], device: str, contiguous: bool) -> tuple[Any, tuple]:

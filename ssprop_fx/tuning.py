@@ -20,6 +20,8 @@ from .policy import Policy
 from .profit import Timing, measure_together, settle
 from .rules import Rule
 from .selection import Demand, keep_count
+from .steps import device_of
+from .timing import working_on
 from .transform import transform
 
 RATES = (0.5, 0.8, 0.9)
@@ -77,7 +79,7 @@ class Tuned:
         model: class name.
         base: the policy that was given.
         shapes: in the model's order.
-        machine: PyTorch's version, device and threads, in words.
+        machine: PyTorch's version, device, threads and autocast type, in words.
     """
 
     model: str
@@ -143,6 +145,7 @@ def tune(
     policy: Policy | None = None,
     rates: Sequence[float] = RATES,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    amp: torch.dtype | None = None,
 ) -> Tuned:
     """Time the backward pass of every distinct convolution, dense, at the policy's rate and at further rates.
 
@@ -152,14 +155,24 @@ def tune(
         policy: decides rates and rounding at the full factor of its schedule; the default policy without.
         rates: further drop rates, to say from which one a layer pays.
         progress: called with (shapes done, shapes, text).
+        amp: autocast type that it will train with: the type of the convolutions that are timed.
 
     Raises:
         SSPropError: nothing of the model has a drop rate above zero, or its outputs carry no gradient.
     """
-    policy = policy or Policy()
+    with working_on(device_of(model)):
+        return _tuned(model, example_inputs, policy or Policy(), rates, progress, amp)
+
+
+def _tuned(
+    model: nn.Module, example_inputs: Any, policy: Policy, rates: Sequence[float], progress: Callable[[int, int, str], None],
+    amp: torch.dtype | None,
+) -> Tuned:  # fmt: skip
+    with torch.autocast(device_of(model).type, amp, enabled=amp is not None):
+        found = measure_step(transform(model, policy), example_inputs).layers
     layers = {
         name: layer
-        for name, layer in measure_step(transform(model, policy), example_inputs).layers.items()
+        for name, layer in found.items()
         if layer.settings.drop_rate > 0 and layer.calls and not is_masked(layer.settings.ranking)
     }
     if not layers:
@@ -192,7 +205,8 @@ def tune(
     progress(len(alike), len(alike), "")
     device = next(iter(layers.values())).calls[0].device
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else f" ({torch.cuda.get_device_name()})"
-    return Tuned(type(model).__name__, policy, tuple(shapes), f"PyTorch {torch.__version__}, {device}{threads}")
+    autocast = f", autocast {str(amp).removeprefix('torch.')}" if amp else ""
+    return Tuned(type(model).__name__, policy, tuple(shapes), f"PyTorch {torch.__version__}, {device}{threads}{autocast}")
 
 
 def _demand(name: str, layer: MeasuredLayer) -> Demand:

@@ -131,6 +131,23 @@ def test_a_counter_that_only_root_may_read_is_named(no_zones, monkeypatch):
     assert any("may be read by root alone" in reason for reason in Meter(Net()).unknown)
 
 
+def test_joules_are_those_of_the_seconds(monkeypatch):
+    """Work that is still in the queue when a step begins costs this step neither time nor energy."""
+    pending, used = [0.0], [0.0]
+
+    def synchronize(device):
+        used[0] += pending.pop() if pending else 0.0
+
+    meter = Meter(Net())
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    meter._devices = {torch.device("cuda", 0)}
+    meter._counters = {"cuda": types.SimpleNamespace(joules=lambda: used[0])}
+    pending[:] = [100.0]
+    with meter:
+        pending.append(7.0)
+    assert meter.readings[0].joules == {"cuda": 7.0}
+
+
 def test_joules_of_a_gpu_come_from_nvml(monkeypatch):
     millijoules = iter((1000, 1000, 3500))
     nvml = types.SimpleNamespace(

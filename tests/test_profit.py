@@ -266,6 +266,20 @@ def test_measurements_are_made_once_and_kept_in_a_file(folder, monkeypatch):
     assert measure(call(), [8, 4]) == first[::-1]
 
 
+@pytest.mark.parametrize(("device", "queued"), [("cpu", 1), ("meta", 10)])
+def test_an_accelerator_gets_several_calls_at_once(monkeypatch, device, queued):
+    """The wait for each would weigh most in the sparse pass of a small layer, and training never waits."""
+    asked = []
+
+    def figure(call, repeats):
+        asked.append(repeats)
+        return 1.0
+
+    monkeypatch.setattr(profit, "timed", figure)
+    assert measure(call(device=device), [4]) == [Timing(4, 1.0, 1.0)]
+    assert set(asked) == {queued}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

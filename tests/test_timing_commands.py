@@ -86,6 +86,20 @@ def test_bench_as_json(run):
     assert json.loads(out)["arms"]["eager"]["ratio"]["median"] == 1.0
 
 
+def test_tune_under_autocast(run):
+    code, out, _ = run("tune", "net.py:build", "-i", "2x1x12x12", "--amp", "bfloat16", "--json")
+    assert code == 0
+    assert "autocast bfloat16" in json.loads(out)["machine"]
+
+
+def test_bench_says_what_is_missing_for_energy_before_it_times(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssprop_fx.energy.POWERCAP", tmp_path)
+    monkeypatch.setattr("ssprop_fx.bench.Run", lambda *_: pytest.fail("a step was made"))
+    code, out, err = run("bench", "net.py:build", "-i", "2x1x12x12", "--energy")
+    assert (code, out) == (1, "")
+    assert "energy cannot be measured here: cpu: no intel-rapl zone" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -95,6 +109,7 @@ def test_bench_as_json(run):
         (["tune", "net.py:build"], 2, "--input"),
         (["bench", "net.py:build", "-i", "2x1x12x12", "--arm", "egaer"], 2, "nearest: eager"),
         (["bench", "net.py:build", "-i", "2x1x12x12", "--amp", "float8"], 2, "float8"),
+        (["tune", "net.py:build", "-i", "2x1x12x12", "--amp", "float8"], 2, "float8"),
     ],
 )
 def test_a_wrong_argument_is_explained(run, arguments, code, said):

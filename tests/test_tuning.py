@@ -46,6 +46,21 @@ def test_layers_that_do_the_same_work_are_timed_together(net, timings):
     assert [[r for r, _ in s.others] for s in tuned.shapes] == [[0.5, 0.9]] * 3
 
 
+def test_under_autocast_calls_are_timed_in_its_type(net, monkeypatch):
+    types = []
+
+    def fake(call, keeps, criterion="l1", gradients="all"):
+        types.append(call.dtype)
+        return [Timing(keep, 2.0, 1.0) for keep in keeps]
+
+    monkeypatch.setattr(profit, "measure", fake)
+    assert ", autocast bfloat16" in tune(*net, amp=torch.bfloat16).machine
+    assert set(types) == {torch.bfloat16}
+    types.clear()
+    assert "autocast" not in tune(*net).machine
+    assert set(types) == {torch.float32}
+
+
 class Head(nn.Module):
     """One layer at two sizes, as a detector's head; the large one decides."""
 
