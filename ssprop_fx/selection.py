@@ -54,13 +54,16 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
 def compiled_importance(grad: Tensor, output: Tensor | None, criterion: str, apart: bool = False) -> Tensor:
     """:func:`importance` as a fusing compiler runs it best: generated code; on the CPU for little data an operator.
 
-    The compiler has random numbers of its own: ``random`` is left to it.
+    What a loop in C sums (:mod:`ssprop_fx.native`) is an operator whatever its size: no slower, and nothing to compile. The
+    compiler has random numbers of its own: ``random`` is left to it.
 
     Args:
         apart: the generated code is to be kept out of the kernel that writes the gradient.
     """
     size = grad.numel()  # one that is a symbol must not be asked, or is that of one size
-    if isinstance(size, int) and size <= 2 * _SLICE and criterion != "random" and operators.wanted(grad, True):
+    quick = criterion == "l1" and grad.dtype == torch.float32 and native.library is not None
+    small = isinstance(size, int) and size <= 2 * _SLICE
+    if (quick or small) and criterion != "random" and operators.wanted(grad, True):
         return _importance_operator(grad, output, criterion)
     return importance(after(grad) if apart else grad, output, criterion, sliced=False)
 

@@ -266,6 +266,18 @@ def test_compiled_importance_is_an_operator_where_there_is_little_to_sum(criteri
             torch.testing.assert_close(traced(grad, output), expected, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("tracing", ["real", "symbolic"])
+@pytest.mark.parametrize("built", [False, True])
+def test_what_a_loop_in_c_sums_is_an_operator_whatever_its_size(built, tracing, monkeypatch):
+    if built and native.library is None:
+        pytest.skip("the loops in C have not been built")
+    if not built:
+        monkeypatch.setattr(native, "library", None)
+    traced = make_fx(lambda grad: compiled_importance(grad, None, "l1"), tracing_mode=tracing)(torch.randn(70, 64, 12, 13))
+    operators = [n.target for n in traced.graph.nodes if getattr(n.target, "namespace", "") == "ssprop"]
+    assert operators == [torch.ops.ssprop.importance.default] * built
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("criterion", ["l1", "l2", "taylor"])
 def test_the_importance_operator_is_as_declared(criterion, dtype):
