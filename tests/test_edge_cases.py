@@ -387,3 +387,29 @@ def test_a_model_with_one_convolution_at_the_root_has_an_empty_name():
     model = transformed(nn.Conv2d(3, 8, 3), policy())
     assert zero_rows(step(model)["weight"]) == 4
     assert [row.layer for row in ssprop_fx.inspect(model).rows] == [""]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    "cls",
+    [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
+    ids=lambda c: c.__name__,
+)
+def test_geometry_in_numpys_integers_is_that_in_pythons(cls, last):
+    """PyTorch's convolutions take them; computed paddings often are."""
+    numpy = pytest.importorskip("numpy")
+    dim = int(cls.__name__[-2])
+    written = {"stride": 2, "padding": 1, "dilation": 1} | ({"output_padding": 1} if "Transpose" in cls.__name__ else {})
+    results = []
+    for per_dim, groups in (lambda n: (n,) * dim, 2), (lambda n: tuple(numpy.array([n] * dim)), numpy.int64(2)):
+        torch.manual_seed(0)
+        model = transformed(cls(8, 16, 3, groups=groups, **{k: per_dim(n) for k, n in written.items()}), policy())
+        x = torch.randn(2, 8, *[7] * dim)
+        if last and dim > 1:
+            x = x.to(memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
+        x.requires_grad_()
+        for _ in range(2):  # the second call's geometry is known from the first
+            grads = step(model, x)
+        results.append([x.grad, *grads.values()])
+    for numbers, given in zip(*results, strict=True):
+        assert torch.equal(numbers, given)
