@@ -204,7 +204,7 @@ class Policy:
         return any(rule.asks_for_linear() for rule in self.rules)
 
     def bind(self, assigned: Mapping[str, Settings]) -> None:
-        """Remember the layers that were ``assigned`` settings, beside those already bound, for :meth:`drop_rates`."""
+        """Remember the layers that were rewritten, and the settings that they were ``assigned``, for :meth:`drop_rates`."""
         self._bound.update(assigned)
 
     def drop_rates(self) -> dict[str, float]:

@@ -105,7 +105,6 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     _refuse(model)
     layers, callers = layer_kinds(model), functional_callers(model)
     assigned = assign_checked(model, policy)
-    policy.bind(assigned)
     if given is not policy:
         policy.warn_if_idle()
 
@@ -125,6 +124,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
             _intercept(module, CallSites(name, record.add_functional))
     for name in scripted_convolutions(model):
         record.skipped[name] = SCRIPTED
+    policy.bind({name: site.settings for name, site in record.sites.items()})
     vars(result)[_RECORD] = record
     vars(result)["__prepare_scriptable__"] = _refuse_to_script
     logger.info(
