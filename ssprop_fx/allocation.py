@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
@@ -120,8 +121,29 @@ class Allocation:
         self._register()
 
     def __deepcopy__(self, memo: dict) -> Allocation:
-        # a copied model (an EMA, say) trains on the same clock
-        return self
+        """Itself, since a copied model (an EMA, say) trains on the same clock; of a policy that is copied, too, another one."""
+        policy = memo.get(id(self.policy))
+        if policy is None:
+            return self
+        copied = type(self).__new__(type(self))
+        copied.__setstate__({"policy": policy, "demands": dict(self.demands)})
+        return copied
+
+
+class Follower:
+    """A part of a transformed model that has its allocation at hand."""
+
+    allocation: Allocation
+
+
+def take_along(policy: Policy, memo: dict) -> None:
+    """Let what a deep copy has made of models so far follow the copy of their ``policy``, which is in its memo by now.
+
+    An object that holds both, a trainer or a system, is copied attribute by attribute, and the model may come first.
+    """
+    for copied in list(memo.values()):
+        if isinstance(copied, Follower) and copied.allocation.policy is policy:
+            copied.allocation = copy.deepcopy(copied.allocation, memo)
 
 
 def allocations_of(policy: Policy) -> list[Allocation]:

@@ -23,14 +23,14 @@ from ._compat import (
     requires_grad,
     saved_tensors_hooked,
 )
-from .allocation import Allocation, observers
+from .allocation import Allocation, Follower, observers
 from .convolutions import NO_SPACE, ConvArgs, ConvSpec
 from .cost import Call
 from .functions import SavedTensors, SparseConvolution, TransformableConvolution, unseen
 from .policy import Settings
 
 
-class Site:
+class Site(Follower):
     """One convolution of one transformed model.
 
     Attributes:
