@@ -114,6 +114,12 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo calls where it stands, instead of tracing what it does as a part of its caller's code."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
 # Whether a function that is constant when traced may be given any object, which is then known by its identity. Older releases
 # fail on what is not a number, a text or the like. (Known of 2.15, and that 2.11 fails.)
 constants_of_objects = torch.torch_version.TorchVersion(torch.__version__) >= "2.15"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._compat import in_backward
 from .errors import SSPropError
 from .profit import Timing, settle
+from .recent import MOST, Recent
 from .selection import AUTO, Demand, keep_count
 
 if TYPE_CHECKING:
@@ -23,17 +26,32 @@ _live: weakref.WeakValueDictionary[str, Allocation] = weakref.WeakValueDictionar
 _numbers = itertools.count()
 
 
+class Plan(NamedTuple):
+    """Channels to keep at one factor of the schedule, by layer, and why some layers stay dense."""
+
+    kept: dict[str, int]
+    losses: dict[str, Timing]
+
+
+_NO_PLAN = (-1.0, Plan({}, {}))
+
+
 class Allocation:
     """The kept channels of one model's layers under one policy, looked up by layer while it trains.
 
     With ``round_to: auto`` the count of a layer depends on the others (the total stays within 2 % of what was asked), so
     layers announce their demand when they run forward and the counts are settled at the first backward pass of a phase. With
-    ``profitable: auto`` they say enough for being timed, too. ``handle`` names the allocation in graphs; ``losses`` holds, by
-    factor and layer, why a layer stays dense.
+    ``profitable: auto`` they say enough for being timed, too. ``handle`` names the allocation in graphs.
+
+    A plan is a function of the demands and the factor. Those of the factors that came last are kept, since a schedule may
+    come to as many factors as there are steps.
 
     Args:
         live: a model trains by it. A report's is not: it has no part in the policy's state, and later states none in it.
     """
+
+    _plans: Recent[float, Plan]
+    _last: tuple[float, Plan]  # the factor that was asked for last, and its plan
 
     def __init__(self, policy: Policy, live: bool = True) -> None:
         self.policy = policy
@@ -42,8 +60,7 @@ class Allocation:
         self.measures = policy.profitable == "auto"
         self.demands: dict[str, Demand] = {}
         self._provisional: set[str] = set()  # layers whose demand is that of a call without a backward pass
-        self._plans: dict[float, dict[str, int]] = {}
-        self.losses: dict[float, dict[str, Timing]] = {}
+        self._unsettle()
         if live:
             self._register()
 
@@ -70,7 +87,7 @@ class Allocation:
         if known is None:
             if self._plans:  # a layer that runs for the first time; what others announce from here on is another step's
                 self._provisional.update(self.demands)
-                self._plans.clear()
+                self._unsettle()
         elif self._plans or provisional or in_backward():  # in a backward pass, a checkpointed call runs again
             return
         elif layer not in self._provisional:
@@ -83,32 +100,40 @@ class Allocation:
         """Channels to keep out of ``channels``, at the layer's ``drop_rate`` times the schedule's ``factor``."""
         if round_to != AUTO and not self.measures:
             return keep_count(drop_rate * factor, channels, round_to)
-        plan = self._plans.get(factor)
-        if plan is None:
-            # by name, so that neither the order of running nor that of a report decides among equal layers
-            demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(self.demands.items())]
-            plan = self._remembered["kept"].get(factor, {})
-            if not self.demands.keys() <= plan.keys():
-                plan, self.losses[factor] = settle(demands, self.measures)
-            else:
-                losses = self._remembered["losses"].get(factor, {})
-                self.losses[factor] = {name: Timing(*figures) for name, figures in losses.items() if name in self.demands}
-            self._plans[factor] = plan
-        count = plan.get(layer)
+        count = self.plan(factor).kept.get(layer)
         if count is None or self.demands[layer].channels != channels:
             return keep_count(drop_rate * factor, channels, round_to or 1)
         return count
 
+    def plan(self, factor: float) -> Plan:
+        """What is settled at the schedule's ``factor``, for the layers that have announced themselves so far."""
+        last, plan = self._last  # together: another thread may set them
+        if last != factor:
+            plan = self._plans.use(factor, self._settle)
+            self._last = factor, plan
+        return plan
+
+    def _settle(self, factor: float) -> Plan:
+        kept = self._remembered["kept"].get(factor, {})
+        if self.demands.keys() <= kept.keys():
+            losses = self._remembered["losses"].get(factor, {})
+            return Plan(kept, {name: Timing(*figures) for name, figures in losses.items() if name in self.demands})
+        # by name, so that neither the order of running nor that of a report decides among equal layers
+        demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(self.demands.items())]
+        return Plan(*settle(demands, self.measures))
+
+    def _unsettle(self) -> None:
+        self._plans, self._last = Recent(), _NO_PLAN
+
     def stays_dense(self, layer: str, factor: float) -> bool:
         """Whether the layer was found to be slower sparse, at the schedule's ``factor``; False before that is settled."""
-        return layer in self.losses.get(factor, ())
+        return self.measures and (plan := self._plans.get(factor)) is not None and layer in plan.losses
 
     def forget(self) -> None:
         """Settle all counts anew."""
         self.demands.clear()
         self._provisional.clear()
-        self._plans.clear()
-        self.losses.clear()
+        self._unsettle()
 
     def __getstate__(self) -> dict:
         return {"policy": self.policy, "demands": self.demands}
@@ -116,12 +141,34 @@ class Allocation:
     def __setstate__(self, state: dict) -> None:
         self.policy, self.demands, self._snapshot = state["policy"], state["demands"], None
         self.measures = self.policy.profitable == "auto"
-        self._provisional, self._plans, self.losses = set(self.demands), {}, {}
+        self._provisional = set(self.demands)
+        self._unsettle()
         self._register()
 
     def __deepcopy__(self, memo: dict) -> Allocation:
-        # a copied model (an EMA, say) trains on the same clock
-        return self
+        """Itself, since a copied model (an EMA, say) trains on the same clock; of a policy that is copied, too, another one."""
+        policy = memo.get(id(self.policy))
+        if policy is None:
+            return self
+        copied = type(self).__new__(type(self))
+        copied.__setstate__({"policy": policy, "demands": dict(self.demands)})
+        return copied
+
+
+class Follower:
+    """A part of a transformed model that has its allocation at hand."""
+
+    allocation: Allocation
+
+
+def take_along(policy: Policy, memo: dict) -> None:
+    """Let what a deep copy has made of models so far follow the copy of their ``policy``, which is in its memo by now.
+
+    An object that holds both, a trainer or a system, is copied attribute by attribute, and the model may come first.
+    """
+    for copied in list(memo.values()):
+        if isinstance(copied, Follower) and copied.allocation.policy is policy:
+            copied.allocation = copy.deepcopy(copied.allocation, memo)
 
 
 def allocations_of(policy: Policy) -> list[Allocation]:
@@ -134,31 +181,28 @@ def settled(policy: Policy) -> dict[str, dict]:
 
     All depend on the sizes of the inputs that came first, which a resumed run does not see again; so they belong to the
     policy's state. A loss is the fields of a :class:`ssprop_fx.profit.Timing`. Layers of the same name that two models have
-    settled differently are left out.
+    settled differently are left out, and so are all but the factors that came last, which stand in that order.
     """
-    found: dict[str, dict] = {"flops": dict(policy.remembered["flops"])}
-    for by_factor in ("kept", "losses"):
-        found[by_factor] = {factor: dict(values) for factor, values in policy.remembered[by_factor].items()}
+    live = allocations_of(policy)
+    flops = dict(policy.remembered["flops"])
+    newest = [f for of_each in zip_longest(*(reversed(list(a._plans)) for a in live)) for f in of_each if f is not None]
+    used = list(dict.fromkeys([*newest, *reversed(policy.remembered["kept"])]))[:MOST][::-1]
+    kept, losses = ({f: dict(policy.remembered[key].get(f, {})) for f in used} for key in ("kept", "losses"))
     seen: dict[tuple, int] = {}
-    for live in allocations_of(policy):
-        costs: dict[tuple[Any, ...], Any] = {
-            ("flops", d.layer): d.flops for d in live.demands.values() if d.layer not in live._provisional
-        }
-        counts: dict[tuple[Any, ...], Any] = {
-            ("kept", factor, layer): n for factor, plan in live._plans.items() for layer, n in plan.items()
-        }
-        losses: dict[tuple[Any, ...], Any] = {
-            ("losses", factor, layer): list(astuple(timing))
-            for factor, timings in live.losses.items()
-            for layer, timing in timings.items()
-        }
-        for (*path, layer), value in (costs | counts | losses).items():
-            place = found[path[0]] if len(path) == 1 else found[path[0]].setdefault(path[1], {})
-            if seen.setdefault((*path, layer), value) == value:
-                place[layer] = value
+    for allocation in live:
+        values: list[tuple[dict, tuple, Any]] = [
+            (flops, ("flops", d.layer), d.flops) for d in allocation.demands.values() if d.layer not in allocation._provisional
+        ]
+        for factor, plan in list(allocation._plans.items()):
+            if factor in used:
+                values += [(kept[factor], ("kept", factor, layer), count) for layer, count in plan.kept.items()]
+                values += [(losses[factor], ("losses", factor, name), list(astuple(t))) for name, t in plan.losses.items()]
+        for place, path, value in values:
+            if seen.setdefault(path, value) == value:
+                place[path[-1]] = value
             else:
-                place.pop(layer, None)
-    return found
+                place.pop(path[-1], None)
+    return {"flops": flops, **{key: {f: v for f, v in by.items() if v} for key, by in (("kept", kept), ("losses", losses))}}
 
 
 def live_allocation(handle: str) -> Allocation | None:

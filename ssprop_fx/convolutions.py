@@ -9,6 +9,7 @@ Everything that has to recognise a convolution (graph matching, modules, functio
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -147,7 +148,8 @@ class ConvSpec:
                 input, padding = _pad_same(input, weight, dilation)
             else:
                 self.call(input, weight, None, stride, padding, dilation, groups, output_padding)  # raises what it always did
-        args = ConvArgs(stride, _per_dim(padding, n), dilation, self.transposed, _per_dim(output_padding, n), groups)
+        padding, output_padding, groups = _per_dim(padding, n), _per_dim(output_padding, n), _whole(groups)
+        args = ConvArgs(stride, padding, dilation, self.transposed, output_padding, groups)
         return ConvCall(input, args, unbatched)
 
 
@@ -263,8 +265,16 @@ def conv_backward_flops(positions: Sequence[int], weight_shape: Sequence[int], o
 
 def _per_dim(value: Any, n: int) -> tuple[int, ...]:
     if isinstance(value, (tuple, list)):
-        return tuple(value) * n if len(value) == 1 else tuple(value)
-    return (value,) * n
+        values = tuple(_whole(number) for number in value)
+        return values * n if len(values) == 1 else values
+    return (_whole(value),) * n
+
+
+def _whole(number: Any) -> Any:
+    """A NumPy integer, say, as the number that it is: not every function of PyTorch's takes it. Symbols stay what they are."""
+    if isinstance(number, (int, torch.SymInt)) or not hasattr(number, "__index__"):
+        return number
+    return operator.index(number)
 
 
 def _pad_same(input: Tensor, weight: Tensor, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:

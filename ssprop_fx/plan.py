@@ -14,6 +14,7 @@ from .coverage import Measurement
 from .dataflow import Capture
 from .masking import is_masked
 from .policy import KINDS, Policy, Settings
+from .recent import Recent
 from .report import Report
 from .rows import Row
 
@@ -62,33 +63,32 @@ class LivePlan:
         self.dispatchers = {
             id(use.dispatcher): use.dispatcher for layer in layers.values() for use in layer.uses if use.dispatcher
         }
-        self._known: dict[float, dict[str, tuple[int, ...]]] = {}
+        self._known: Recent[float, tuple[dict[str, tuple[int, ...]], dict[str, str]]] = Recent()
 
     def __call__(self, factor: float) -> dict[str, tuple[int, ...]]:
-        if factor not in self._known:
-            counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in self.dispatchers.items()}
-
-            def kept(name: str, settings: Settings, use: Use) -> int:
-                if use.dispatcher is not None:
-                    return counts[id(use.dispatcher)][use.node]
-                return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, settings.multiple)
-
-            self._known[factor] = {
-                name: tuple(kept(name, v.settings, use) for use in v.uses) for name, v in self.layers.items() if v.uses
-            }
-        return self._known[factor]
+        return self._known.use(factor, self._at)[0]
 
     def losses(self, factor: float) -> dict[str, str]:
         """Layers that stay dense at a factor because dropping does not pay, with the measurement."""
-        self(factor)
-        found = {name: str(timing) for name, timing in self.allocation.losses.get(factor, {}).items()}
+        return self._known.use(factor, self._at)[1]
+
+    def _at(self, factor: float) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        counts = {key: d.counts((factor,) * len(d.allocations)) for key, d in self.dispatchers.items()}
+
+        def count(name: str, settings: Settings, use: Use) -> int:
+            if use.dispatcher is not None:
+                return counts[id(use.dispatcher)][use.node]
+            return self.allocation.keep(name, use.call.channels, settings.drop_rate, factor, settings.multiple)
+
+        kept = {name: tuple(count(name, v.settings, use) for use in v.uses) for name, v in self.layers.items() if v.uses}
+        losses = {name: str(timing) for name, timing in self.allocation.plan(factor).losses.items()}
         for name, layer in self.layers.items():
             for use in layer.uses:
                 if use.dispatcher is not None:
                     at = use.dispatcher.losses.get((factor,) * len(use.dispatcher.allocations), {})
                     if use.node in at:
-                        found.setdefault(name, str(at[use.node]))
-        return found
+                        losses.setdefault(name, str(at[use.node]))
+        return kept, losses
 
 
 def report_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import policy_file
-from .allocation import allocations_of, settled
+from .allocation import allocations_of, settled, take_along
 from .errors import PolicyError, Problem
 from .rules import CRITERIA, KINDS, OVERRIDABLE, Contents, Layers, Rule, Settings, unmatched
 from .schedule import Clock, Schedule
@@ -204,7 +205,7 @@ class Policy:
         return any(rule.asks_for_linear() for rule in self.rules)
 
     def bind(self, assigned: Mapping[str, Settings]) -> None:
-        """Remember the layers that were ``assigned`` settings, beside those already bound, for :meth:`drop_rates`."""
+        """Remember the layers that were rewritten, and the settings that they were ``assigned``, for :meth:`drop_rates`."""
         self._bound.update(assigned)
 
     def drop_rates(self) -> dict[str, float]:
@@ -283,6 +284,12 @@ class Policy:
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self._contents, (self.steps, self._clock.mode, self._clock.ticked), self._bound, settled(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        take_along(self, memo)
+        return copied
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         contents, clock, bound, remembered = state

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from pydantic import Field
 
 from .errors import Checked, PolicyError, Problem, nearest
+from .optimizers import after_each_step
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +149,9 @@ class Clock:
         mode: ``manual`` or ``optimizer``, whichever advances the clock now.
         ticked: an optimizer has advanced the clock since it was made or set.
 
-    A clock in mode ``optimizer`` advances with every step of any ``torch.optim`` optimizer in the process,
-    with two optimizers twice as fast. The first :meth:`step` takes it over: from then on it is manual.
+    A clock in mode ``optimizer`` advances with every step of any ``torch.optim`` optimizer in the process, with two
+    optimizers twice as fast; a step inside of another one is part of that. The first :meth:`step` takes it over: from
+    then on it is manual.
     """
 
     __slots__ = ("__weakref__", "factor", "mode", "quantized_factor", "schedule", "steps", "ticked")
@@ -230,12 +232,10 @@ def clocks_put_back() -> Iterator[None]:
 @cache
 def _listen() -> None:
     """Hear of every optimizer step from now on; once a process, at the first clock that needs it."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    register_optimizer_step_post_hook(_after_optimizer_step)
+    after_each_step(_after_optimizer_step)
 
 
-def _after_optimizer_step(*_: Any) -> None:
+def _after_optimizer_step() -> None:
     for clock in list(_automatic):
         clock._tick()
     for clock, seen in list(_watched.items()):

@@ -36,7 +36,10 @@ class _KeepTensors(TorchFunctionMode):
 
 
 def shared_copy(
-    model: nn.Module, tensor_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor, share_listeners: bool = True
+    model: nn.Module,
+    tensor_copy: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    share_listeners: bool = True,
+    shared: Iterable[Any] = (),
 ) -> nn.Module:
     """Copy the modules of ``model``, not its tensors.
 
@@ -49,12 +52,14 @@ def shared_copy(
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
         share_listeners: whether an object that only a hook refers to (it collects features, say) is the same in both, or is
             copied, too, so that it does not hear what the copy does.
+        shared: further objects that are the same in both.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tree = {id(m) for m in modules}
     memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
     found = list(reachable([model]))
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
+    memo |= {id(value): value for value in shared}
     for module in modules:
         plain_new = type(module).__new__ is object.__new__
         memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))

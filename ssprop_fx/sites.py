@@ -23,14 +23,14 @@ from ._compat import (
     requires_grad,
     saved_tensors_hooked,
 )
-from .allocation import Allocation, observers
+from .allocation import Allocation, Follower, observers
 from .convolutions import NO_SPACE, ConvArgs, ConvSpec
 from .cost import Call
 from .functions import SavedTensors, SparseConvolution, TransformableConvolution, unseen
 from .policy import Settings
 
 
-class Site:
+class Site(Follower):
     """One convolution of one transformed model.
 
     Attributes:
@@ -125,24 +125,38 @@ def convolve(
         return convolve_in_graph(site.spec, settings, input, weight, bias, **geometry, output_padding=output_padding)
     if torch.jit.is_tracing():  # a trace is made for its forward pass, and what we notice of a call would be part of it
         return unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
-    factor = site.allocation.policy.factor
-    dense = factor * site.settings.drop_rate <= 0.0 or (site.allocation.stays_dense(site.layer, factor) and not observers)
-    if dense or not _wants_gradient(input, weight, bias) or weight.is_complex():
-        if not site.known or function_modes():
-            return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
-        return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
-    if any_autocast():
-        input, weight, bias = ops.autocast_arguments(input.device.type, input, weight, bias)
-    input, args, unbatched = site.prepare(input, weight, stride, padding, dilation, groups, output_padding)
-    if functorch_active() or forward_ad_active():
-        output = TransformableConvolution.apply(input, weight, bias, args, site, factor)
-    elif saved_tensors_hooked() and (input.requires_grad or weight.requires_grad):
-        nodes: list[Any] = []
-        input, weight = SavedTensors.apply(input, weight, nodes)
-        output = SparseConvolution.apply(input, weight, bias, args, site, factor, nodes[0])
-    else:
-        output = SparseConvolution.apply(input, weight, bias, args, site, factor, None)
-    return output.squeeze(0) if unbatched else output
+    try:
+        factor = site.allocation.policy.factor
+        dense = factor * site.settings.drop_rate <= 0.0 or (site.allocation.stays_dense(site.layer, factor) and not observers)
+        if dense or not _wants_gradient(input, weight, bias) or weight.is_complex():
+            if not site.known or function_modes():
+                return _dense(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+            return site.spec.call(input, weight, bias, stride, padding, dilation, groups, output_padding)
+        x, w, b = input, weight, bias
+        if any_autocast():
+            x, w, b = ops.autocast_arguments(x.device.type, x, w, b)
+        x, args, unbatched = site.prepare(x, w, stride, padding, dilation, groups, output_padding)
+        if functorch_active() or forward_ad_active():
+            output = TransformableConvolution.apply(x, w, b, args, site, factor)
+        elif saved_tensors_hooked() and (x.requires_grad or w.requires_grad):
+            nodes: list[Any] = []
+            x, w = SavedTensors.apply(x, w, nodes)
+            output = SparseConvolution.apply(x, w, b, args, site, factor, nodes[0])
+        else:
+            output = SparseConvolution.apply(x, w, b, args, site, factor, None)
+        return output.squeeze(0) if unbatched else output
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        _raise_the_functions_error(site, input, weight, bias, stride, padding, dilation, groups, output_padding)
+        raise
+
+
+def _raise_the_functions_error(site: Site, *call: Any) -> None:
+    """Make a call that has failed as the original makes it, so that the function says what is wrong with it, if anything is."""
+    try:
+        with torch.no_grad():  # hooks on what is saved have heard of the call already
+            unseen(site.spec.call, *call)
+    except Exception as problem:
+        raise problem from None
 
 
 def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ._compat import is_compiled
-from .allocation import Allocation
+from .allocation import Allocation, Follower
 from .calls import CallSites, Intercepted, run_intercepted
 from .convolutions import LINEAR, ConvSpec, spec_of_module
 from .errors import TransformError
@@ -33,7 +33,7 @@ SCRIPTED = "inside a module scripted by torch.jit, which hides it; transform the
 _RECORD = "_ssprop"  # attribute of a transformed model's root
 
 
-class Transformation:
+class Transformation(Follower):
     """What ``transform`` did to one model: its sites by layer name, and its live allocation.
 
     Attributes:
@@ -105,11 +105,10 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     _refuse(model)
     layers, callers = layer_kinds(model), functional_callers(model)
     assigned = assign_checked(model, policy)
-    policy.bind(assigned)
     if given is not policy:
         policy.warn_if_idle()
 
-    result = shared_copy(model)
+    result = shared_copy(model, shared=[policy])  # which the model may hold, to step it
     record = Transformation(policy)
     for name, module in result.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -125,6 +124,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
             _intercept(module, CallSites(name, record.add_functional))
     for name in scripted_convolutions(model):
         record.skipped[name] = SCRIPTED
+    policy.bind({name: site.settings for name, site in record.sites.items()})
     vars(result)[_RECORD] = record
     vars(result)["__prepare_scriptable__"] = _refuse_to_script
     logger.info(

@@ -1,5 +1,8 @@
 """A canary for each private name in ``ssprop_fx/_compat.py``: what fails here says what PyTorch has changed."""
 
+import sys
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -151,6 +154,25 @@ def test_a_marked_function_is_a_constant_when_traced():
     assert torch.equal(run(torch.ones(2)), torch.full((2,), 0.5))
     assert torch.equal(run(torch.ones(2)), torch.full((2,), 0.5))
     assert len(calls) == 1
+
+
+def test_a_function_that_is_never_traced_is_called_where_it_stands():
+    callers = []
+
+    @_compat.never_traced
+    def note():
+        callers.append(sys._getframe(1).f_code.co_name)
+
+    @torch.compile(backend="eager")
+    def run(x):
+        note()
+        return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Dynamo's, of what it cannot trace
+        for _ in range(2):
+            run(torch.ones(2))
+    assert callers == ["run", "run"]
 
 
 def test_inputs_of_a_captured_graph_tell_their_tensors():

@@ -63,6 +63,54 @@ def test_saved_model_is_sparse_and_on_its_own_clock(make, way):
     assert zero_rows(step(loaded)[1][weight]) == 0
 
 
+class System:
+    """Holds a model and its policy, in either order."""
+
+    def __init__(self, first, **parts):
+        for name in sorted(parts, key=lambda name: name != first):
+            setattr(self, name, parts[name])
+
+
+@pytest.mark.parametrize("round_to", [1, "auto"])
+@pytest.mark.parametrize("first", ["model", "policy"])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda system: pickle.loads(pickle.dumps(system))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [lambda: ready(small()), lambda: nn.Sequential(Plain())], ids=["module", "functional"])
+def test_model_and_policy_copied_together_go_together(make, way, first, round_to):
+    chosen = Policy(drop_rate=0.5, round_to=round_to, schedule={"kind": "bar", "period": 2})
+    system = System(first, model=transform(make(), chosen), policy=chosen)
+    weight = next(iter(dict(system.model.named_parameters())))
+    step(system.model)
+    copied = way(system)
+    assert transformation_of(copied.model).policy is copied.policy is not chosen
+    copied.policy.step()
+    assert_sparse(copied.model, weight)
+    assert zero_rows(step(system.model)[1][weight]) == 0
+    copied.policy.step()
+    chosen.step()
+    assert zero_rows(step(copied.model)[1][weight]) == 0
+    assert_sparse(system.model, weight)
+
+
+def test_a_model_that_holds_its_policy_steps_it():
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.policy = nn.Conv2d(3, 8, 3), manual()
+
+        def forward(self, x):
+            return self.conv(x)
+
+    original = Stepping()
+    model = transform(original, original.policy)
+    model.policy.step()
+    assert_sparse(model, "conv.weight")
+    model.policy.step()
+    copied = copy.deepcopy(model)
+    copied.policy.step()
+    assert_sparse(copied, "conv.weight")
+    assert zero_rows(step(model)[1]["conv.weight"]) == 0
+
+
 def test_state_dict_goes_both_ways():
     original = ready(small())
     model = transform(ready(small(seed=5)), policy())

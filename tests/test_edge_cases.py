@@ -387,3 +387,82 @@ def test_a_model_with_one_convolution_at_the_root_has_an_empty_name():
     model = transformed(nn.Conv2d(3, 8, 3), policy())
     assert zero_rows(step(model)["weight"]) == 4
     assert [row.layer for row in ssprop_fx.inspect(model).rows] == [""]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    "cls",
+    [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
+    ids=lambda c: c.__name__,
+)
+def test_geometry_in_numpys_integers_is_that_in_pythons(cls, last):
+    """PyTorch's convolutions take them; computed paddings often are."""
+    numpy = pytest.importorskip("numpy")
+    dim = int(cls.__name__[-2])
+    written = {"stride": 2, "padding": 1, "dilation": 1} | ({"output_padding": 1} if "Transpose" in cls.__name__ else {})
+    results = []
+    for per_dim, groups in (lambda n: (n,) * dim, 2), (lambda n: tuple(numpy.array([n] * dim)), numpy.int64(2)):
+        torch.manual_seed(0)
+        model = transformed(cls(8, 16, 3, groups=groups, **{k: per_dim(n) for k, n in written.items()}), policy())
+        x = torch.randn(2, 8, *[7] * dim)
+        if last and dim > 1:
+            x = x.to(memory_format=torch.channels_last if dim == 2 else torch.channels_last_3d)
+        x.requires_grad_()
+        for _ in range(2):  # the second call's geometry is known from the first
+            grads = step(model, x)
+        results.append([x.grad, *grads.values()])
+    for numbers, given in zip(*results, strict=True):
+        assert torch.equal(numbers, given)
+
+
+WRONG = {
+    "none": lambda x: None,
+    "numpy": lambda x: x.numpy(),
+    "list": lambda x: x.tolist(),
+    "double": lambda x: x.double(),
+    "whole numbers": lambda x: x.long(),
+    "channels": lambda x: x[:, :2],
+    "dimensions": lambda x: x[None],
+    "unbatched channels": lambda x: x[0, :2],
+    "smaller than the kernel": lambda x: x[..., :2],
+}
+LAYERS = {
+    "conv": lambda: nn.Conv2d(3, 8, 3),
+    "same": lambda: nn.Conv2d(3, 8, 3, padding="same"),
+    "transposed": lambda: nn.ConvTranspose2d(3, 8, 3, bias=False),
+    "padding": lambda: nn.Conv2d(3, 8, 3, padding=(1, 2, 3)),
+    "frozen": lambda: nn.Conv2d(3, 8, 3).requires_grad_(False),
+    "called under another name": Functional,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_sparse_step_tells_errors_as_the_original_does(make, wrong):
+    model = make()
+    sparse, x, errors = transformed(model, policy()), X.clone(), []
+    given = wrong(x)
+    if isinstance(given, torch.Tensor) and given.is_floating_point():
+        given.requires_grad_()
+    for network in (model, sparse):
+        try:
+            network(given)
+        except Exception as problem:
+            errors.append((type(problem), str(problem)))
+            assert problem.__context__ is None or problem.__suppress_context__
+        else:
+            errors.append(None)
+    assert errors[0] == errors[1]
+
+
+def test_an_error_of_a_users_own_hook_is_told_as_it_is():
+    model, packed = transformed(nn.Conv2d(3, 8, 3), policy()), []
+
+    def pack(tensor):
+        packed.append(tensor)
+        raise ValueError("of the hook")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), pytest.raises(ValueError, match="of the hook"):
+        model(X)
+    assert len(packed) == 1
+    assert zero_rows(step(model)["weight"]) == 4

@@ -5,6 +5,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,85 @@ def test_taking_over_after_loading_a_state_does_not_count_a_step_twice():
     policy.load_state_dict(saved.state_dict())
     policy.step()  # no optimizer step since the state: this is an advance of its own
     assert policy.steps == saved.steps + 1
+
+
+class Calling(torch.optim.SGD):
+    """Its class and its base class both call PyTorch's hooks, once an instance of each was made."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Around(torch.optim.Optimizer):
+    """As Lookahead does, and SAM."""
+
+    def __init__(self, inner, times=1):
+        super().__init__(inner.param_groups, {})
+        self.inner, self.times = inner, times
+
+    def step(self, closure=None):
+        for _ in range(self.times):
+            self.inner.step(closure)
+
+
+NESTED = {
+    "subclass": lambda: Calling(sgd().param_groups, lr=0.1),
+    "wrapper": lambda: Around(sgd()),
+    "several steps inside": lambda: Around(sgd(), times=3),
+    "wrapper of a subclass": lambda: Around(Around(Calling(sgd().param_groups, lr=0.1))),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", NESTED.values(), ids=NESTED)
+def test_a_step_inside_of_a_step_counts_once(make, compiled):
+    policy, optimizer = Policy(), make()
+    sgd().step()  # from the first instance of a class on, PyTorch's hooks hear of its steps
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    for made in range(1, 5):
+        assert policy.steps == made
+        step()
+    torch._dynamo.reset()
+
+
+def test_a_clock_goes_on_after_steps_that_raised():
+    def fail():
+        raise ZeroDivisionError
+
+    policy, optimizer, kept = Policy(), Around(Calling(sgd().param_groups, lr=0.1)), []
+    sgd()
+    for made in range(3):
+        for failing in (optimizer, optimizer.inner):
+            with pytest.raises(ZeroDivisionError) as problem:
+                failing.step(fail)
+            kept.append(problem)  # and with it the calls that raised
+        assert policy.steps == made
+        optimizer.step()
+
+    class Forgiving(Around):
+        def step(self, closure=None):
+            with pytest.raises(ZeroDivisionError):
+                self.inner.step(fail)
+            self.inner.step()
+
+    Forgiving(sgd()).step()
+    assert policy.steps == 4
+
+
+def test_threads_step_apart():
+    """A step that begins while another thread makes one is no part of that."""
+    policy = Policy()
+    between = sgd()
+
+    def meanwhile():
+        thread = threading.Thread(target=sgd().step)
+        thread.start()
+        thread.join()
+        assert policy.steps == 1
+        return torch.zeros(())
+
+    between.step(meanwhile)
+    assert policy.steps == 2
 
 
 def test_a_clock_is_not_kept_alive_by_the_optimizers():

@@ -335,3 +335,19 @@ def test_forward_keeps_its_signature():
     model = ssprop_fx.transform(Root(), Policy())
     assert inspect.signature(model.forward) == inspect.signature(Root().forward)
     assert inspect.signature(copy.deepcopy(model).forward) == inspect.signature(Root().forward)
+
+
+def test_a_policy_tells_the_rates_of_the_layers_that_were_rewritten_and_no_others():
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, dtype=torch.complex64), torch.jit.script(Scripted()))
+    chosen = policy()
+    left = transformation_of(transform(model, chosen)).skipped
+    assert set(left) == {"1", "2.conv"}
+    assert chosen.drop_rates() == {"0": 0.5}
