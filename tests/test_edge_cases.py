@@ -448,11 +448,11 @@ def test_a_sparse_step_tells_errors_as_the_original_does(make, wrong):
         try:
             network(given)
         except Exception as problem:
-            errors.append((type(problem), str(problem)))
-            assert problem.__context__ is None or problem.__suppress_context__
+            errors.append((type(problem), str(problem), problem.__context__ is None or problem.__suppress_context__))
         else:
-            errors.append(None)
+            errors.append((None, "", True))
     assert errors[0] == errors[1]
+    assert errors[1][2]
 
 
 def test_an_error_of_a_users_own_hook_is_told_as_it_is():
