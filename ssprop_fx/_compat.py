@@ -125,6 +125,17 @@ def never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 constants_of_objects = torch.torch_version.TorchVersion(torch.__version__) >= "2.15"
 
 
+def failed_operation(problem: BaseException) -> BaseException | None:
+    """The error of an operation of the user's on which Dynamo gave up tracing; None if ``problem`` is anything else."""
+    exceptions = sys.modules.get("torch._dynamo.exc")
+    if exceptions is None or not isinstance(problem, exceptions.TorchRuntimeError):
+        return None
+    found: BaseException | None = problem
+    while found is not None and (found.__cause__ is not None or type(found).__module__.startswith("torch._dynamo.")):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 def is_optimized_module(module: Any) -> bool:
     """Whether a module is what ``torch.compile(module)`` returned (asked without importing the compiler)."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")

@@ -167,12 +167,18 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
             "without example inputs after a step, or with them before it is sharded"
         )
     try:
-        return _measure(model, example_inputs)
+        with torch.inference_mode(False):  # whoever asks: what is measured is training
+            return _measure(model, tree_map(_normal, example_inputs))
     finally:
         if is_compiled(model):
             # The copies refer to themselves. Whoever keeps models weakly (spikingjelly's caches) would see them die at any
             # time, in the midst of compiling the next step, too.
             gc.collect()
+
+
+def _normal(value: Any) -> Any:
+    """A tensor made in inference mode, which autograd refuses, as one that is not."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _measure(model: nn.Module, example_inputs: Any) -> Measurement:

@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ._compat import failed_operation
+
 
 class SSPropError(Exception):
     """Base of every error that ssprop-fx raises on purpose."""
@@ -21,12 +23,12 @@ class TransformError(SSPropError):
 
 
 def cause_of(problem: BaseException) -> BaseException:
-    """What a compiler was told by its backend, where an exception is the compiler's around that; else the exception itself."""
+    """What a compiler was told, by a backend or an operation, where an exception is its own around that; else the exception."""
     seen: set[int] = set()
     while isinstance(inner := getattr(problem, "inner_exception", None), BaseException) and id(inner) not in seen:
         seen.add(id(inner))
         problem = inner
-    return problem
+    return failed_operation(problem) or problem
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,11 @@ class Policy:
             a :class:`Schedule` or a mapping; ``rules``, a sequence of :class:`Rule` or of mappings.
             Without a schedule it is the paper's (arXiv 2408.12561): dense and sparse steps by turns, with
             ``clock: optimizer``.
+        unnamed: nothing; a value without its key is refused with what to write.
 
     Raises:
         PolicyError: with every problem of the contents.
+        TypeError: a value has no key.
 
     Each policy has its own clock and is equal to itself alone; for equal contents compare :attr:`digest`.
 
@@ -51,7 +53,9 @@ class Policy:
 
     __slots__ = ("__weakref__", "_bound", "_clock", "_contents", "_digest", "compiled", "remembered")
 
-    def __init__(self, **contents: Any) -> None:
+    def __init__(self, *unnamed: Any, **contents: Any) -> None:
+        if unnamed:
+            raise TypeError(f"Policy takes its keys by name, got {unnamed[0]!r}; {_meant(unnamed[0])}")
         if contents.get("schedule", ...) is None:
             del contents["schedule"]
         self._start(policy_file.checked(contents, lambda key: "Policy(...)"))
@@ -217,11 +221,12 @@ class Policy:
 
         Raises:
             PolicyError: with every rule that can match nothing in the model, as :func:`ssprop_fx.transform` does.
-            TransformError: the model has no convolution.
+            TransformError: the model has no convolution, or is none.
         """
         from .naming import unwrap
-        from .survey import assign_checked, layer_kinds
+        from .survey import assign_checked, layer_kinds, require_module
 
+        require_module(model, "explain")
         model = unwrap(model)
         assigned = assign_checked(model, self)
         return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned, self, model)
@@ -297,6 +302,15 @@ class Policy:
         self.remembered = remembered
         self._clock.set(*clock)
         self.bind(bound)
+
+
+def _meant(value: Any) -> str:
+    """How to write what somebody may have meant who gave a policy a value without a key."""
+    if isinstance(value, (str, Path)):
+        return f"to read a file, Policy.load({str(value)!r})"
+    if isinstance(value, Mapping):
+        return "of a mapping, Policy.from_dict(...)"
+    return f"for a drop rate, Policy(drop_rate={value!r})"
 
 
 class Explanation(Mapping[str, Settings]):

@@ -18,6 +18,19 @@ from .reach import may_call_convolution
 _CALLS = 100  # of one function in one forward; rules for any of them are taken to match
 
 
+def require_module(model: Any, by: str) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TransformError: with the function, ``by``, that was given it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TransformError(
+            f"{by} takes a torch.nn.Module, got {type(model).__name__}"
+            + (f"; call {by} on the instance, not on the class" if isinstance(model, type) else "")
+        )
+
+
 def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[str]]:
     """Layer name → kinds, for every convolution and linear module of ``model`` (functional calls show when they run).
 
@@ -109,4 +122,4 @@ def _census(model: nn.Module) -> str:
     return ", ".join(f"{count} × {name}" for name, count in sorted(names.items())) or "no modules"
 
 
-__all__ = ["assign_checked", "functional_callers", "layer_kinds", "scripted_convolutions"]
+__all__ = ["assign_checked", "functional_callers", "layer_kinds", "require_module", "scripted_convolutions"]

@@ -22,7 +22,7 @@ from .policy import Policy, Settings
 from .reach import may_call_convolution
 from .sharing import shared_copy
 from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
-from .survey import assign_checked, functional_callers, layer_kinds, scripted_convolutions
+from .survey import assign_checked, functional_callers, layer_kinds, require_module, scripted_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -242,11 +242,7 @@ def _replicate(module: nn.Module) -> nn.Module:
 
 
 def _refuse(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TransformError(
-            f"transform takes a torch.nn.Module, got {type(model).__name__}"
-            + ("; call transform on the instance, not on the class" if isinstance(model, type) else "")
-        )
+    require_module(model, "transform")
     if isinstance(model, torch.jit.ScriptModule):
         raise TransformError(
             "the model was scripted or traced by torch.jit, which hides its convolutions; call transform on the Python model"

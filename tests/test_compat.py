@@ -175,6 +175,17 @@ def test_a_function_that_is_never_traced_is_called_where_it_stands():
     assert callers == ["run", "run"]
 
 
+def test_an_operation_that_fails_while_traced_tells_its_error():
+    layer, x = nn.Conv2d(3, 4, 3), torch.ones(1, 4, 8, 8)
+    with pytest.raises(RuntimeError) as own:
+        layer(x)
+    with pytest.raises(RuntimeError) as traced:
+        torch.compile(layer, backend="eager")(x)
+    assert type(traced.value) is not RuntimeError
+    assert str(_compat.failed_operation(traced.value)) == str(own.value)
+    assert _compat.failed_operation(own.value) is None
+
+
 def test_inputs_of_a_captured_graph_tell_their_tensors():
     class Model(torch.nn.Module):
         def __init__(self):

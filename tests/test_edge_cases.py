@@ -372,6 +372,8 @@ def test_a_compiled_model_is_not_transformed():
 def test_what_is_no_module_is_refused(thing):
     with pytest.raises(TransformError, match=rf"takes a torch\.nn\.Module, got {type(thing).__name__}"):
         transformed(thing, policy())
+    with pytest.raises(TransformError, match=rf"explain takes a torch\.nn\.Module, got {type(thing).__name__}"):
+        policy().explain(thing)
 
 
 def test_a_compiled_function_of_a_module_is_a_model_like_any_other():

@@ -839,3 +839,21 @@ def test_calls_under_vmap_count_as_those_of_a_batch(front_end, levels):
     assert each.measurement.conv_flops == batch.measurement.conv_flops
     assert (each.conv_flops, each.grad_bytes) == (batch.conv_flops, batch.grad_bytes)
     assert each.conv_flops["now"] < each.conv_flops["dense"] / 2
+
+
+@pytest.mark.parametrize("front_end", ["transform", "backend"])
+def test_a_report_that_is_asked_for_in_inference_mode_measures_training(front_end):
+    policy = Policy(drop_rate=0.5, schedule={"kind": "constant"})
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+    if front_end == "transform":
+        model = ssprop_fx.transform(model, policy)
+    else:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+    before = ssprop_fx.inspect(model, torch.randn(2, 3, 8, 8)).measurement
+    with torch.inference_mode():
+        within = torch.randn(2, 3, 8, 8)
+        assert ssprop_fx.inspect(model, within).measurement == before
+    assert ssprop_fx.inspect(model, {"input": within}).measurement == before
+    assert before.sparse == 2

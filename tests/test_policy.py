@@ -747,3 +747,18 @@ def test_common_slips_of_yaml_say_what_to_write(write, text, step):
         Policy.load(write(text))
     assert step in str(error.value)
     assert not any("list" in problem.what for problem in error.value.problems if problem.key == "rules[0].layers")
+
+
+@pytest.mark.parametrize(
+    ("value", "step"),
+    [
+        (0.5, r"Policy\(drop_rate=0\.5\)"),
+        ("policy.yaml", r"Policy\.load\('policy\.yaml'\)"),
+        (Path("policy.yaml"), r"Policy\.load\('policy\.yaml'\)"),
+        ({"drop_rate": 0.5}, r"Policy\.from_dict"),
+    ],
+    ids=str,
+)
+def test_a_value_without_its_key_is_told_where_it_belongs(value, step):
+    with pytest.raises(TypeError, match=f"by name.*{step}"):
+        Policy(value)

@@ -107,6 +107,7 @@ def test_bench_says_what_is_missing_for_energy_before_it_times(run, tmp_path, mo
         (["tune", "net.py:build", "-i", "2x3x12x12"], 1, "does not run on 2x3x12x12"),
         (["tune", "net.py:build", "-i", "2x1x12x12", "--device", "nowhere"], 2, "nowhere"),
         (["tune", "net.py:build"], 2, "--input"),
+        (["bench", "net.py:build", "-i", "2x3x12x12", "--arm", "dense"], 1, "expected input[2, 3, 12, 12] to have 1 channels"),
         (["bench", "net.py:build", "-i", "2x1x12x12", "--arm", "egaer"], 2, "nearest: eager"),
         (["bench", "net.py:build", "-i", "2x1x12x12", "--amp", "float8"], 2, "float8"),
         (["tune", "net.py:build", "-i", "2x1x12x12", "--amp", "float8"], 2, "float8"),
