@@ -223,7 +223,10 @@ def _innermost(node: Node) -> str:
 
 # --- compiled models
 
-_HIDDEN = "in code that transform cannot change (scripted by torch.jit?); the backend may reach it"
+_HIDDEN = (
+    "made by code that transform did not recognise as calling a convolution, or cannot change (scripted by torch.jit); the "
+    "backend may reach it"
+)
 _ELSEWHERE = (
     "made outside of its module's forward: again in the backward pass (which use_reentrant=False in checkpoint avoids), in "
     "another thread, or in a method that is no forward"
