@@ -44,7 +44,7 @@ def shared_copy(
     Every module becomes a new object of the same class; parameters, buffers and other tensors, those of modules in plain
     containers included, are the same objects in both. Attributes, hooks, bound methods, closures and weak references that
     refer to modules of the tree refer to the copies. What cannot be copied (a lock, an open file, a process group) is
-    shared, and so are scripted modules, which are opaque to Python.
+    shared, and so are bare objects, which code compares with ``is``, and scripted modules, which are opaque to Python.
 
     Args:
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
@@ -56,6 +56,7 @@ def shared_copy(
     memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
     found = list(reachable([model]))
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
+    memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
     for module in modules:
         plain_new = type(module).__new__ is object.__new__
         memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))

@@ -30,7 +30,6 @@ from .cost import Call
 from .functions import SavedTensors, SparseConvolution, TransformableConvolution, unseen
 from .policy import Settings
 
-
 _MOST_CALLS = 1000  # of a layer that a step is taken to make: a model may run forever without any backward pass
 
 
