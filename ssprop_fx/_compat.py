@@ -105,7 +105,12 @@ def autocast_disabled() -> contextlib.AbstractContextManager[None]:
 
 def in_backward() -> bool:
     """Whether a backward pass is what runs now, in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return running_backward() != -1
+
+
+def running_backward() -> int:
+    """A number of the backward pass that runs now, in this thread; -1 outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,8 +37,11 @@ class SavedTensors(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         ctx.set_materialize_grads(False)
         nodes.append(ctx)
-        needs = ctx.needs_input_grad
-        return tuple(t.view_as(t) if needed else t.detach() for t, needed in zip((input, weight), needs[:2], strict=True))
+        pairs = zip((input, weight), ctx.needs_input_grad[:2], strict=True)
+        given = tuple(t.view_as(t) if needed else t.detach() for t, needed in pairs)
+        # or both would seem to require a gradient, and a first layer's cost that of its input's, too
+        ctx.mark_non_differentiable(*(t for t, needed in zip(given, ctx.needs_input_grad[:2], strict=True) if not needed))
+        return given
 
     @staticmethod
     def backward(ctx, input_grad, weight_grad):
@@ -126,6 +129,7 @@ def _backward(ctx, grad, mask, output=None):
     keep = site.allocation.keep(
         site.layer, choices(output_channels(weight.shape, args), args.groups), settings.drop_rate, factor, site.round_to
     )
+    site.ran_backward = True
     for observe in observers:
         observe(site.layer)
     # a batch of gradients cannot be written into zeros that are no batch, as is done in eager mode

@@ -46,7 +46,8 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
         model: a transformed model, or a compiled one after its first step (wrappers such as DDP are looked through).
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. With them, a dense and
             a sparse training step are run on a copy and the convolution backwards counted: coverage is then measured,
-            and shapes and FLOPs are known without a step of your own.
+            and shapes and FLOPs are known without a step of your own. Without them, those of an eager model are of the
+            calls in its first step, up to the layer's first backward pass.
 
     Raises:
         SSPropError: the model is neither, or it is compiled and no graph has been captured yet, or there are example
@@ -191,9 +192,7 @@ def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
 
 
 def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[Use, ...]:
-    if measured is not None:
-        return tuple(map(Use, measured.calls))
-    return (Use(site.call),) if site.call is not None else ()
+    return tuple(map(Use, site.first_step if measured is None else measured.calls))
 
 
 def _traced_capture(traced: TracedModule, layers: Mapping[str, Layer], arguments: tuple[Any, Any] | None) -> Capture:
@@ -223,7 +222,10 @@ def _innermost(node: Node) -> str:
 
 # --- compiled models
 
-_HIDDEN = "in code that transform cannot change (scripted by torch.jit?); the backend may reach it"
+_HIDDEN = (
+    "made by code that transform did not recognise as calling a convolution, or cannot change (scripted by torch.jit); the "
+    "backend may reach it"
+)
 _ELSEWHERE = (
     "made outside of its module's forward: again in the backward pass (which use_reentrant=False in checkpoint avoids), in "
     "another thread, or in a method that is no forward"

@@ -8,18 +8,19 @@ which costs time and never an answer.
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
 from torch import nn
 
 from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
+from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
+from .sharing import slots
 
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
 
@@ -31,7 +32,7 @@ _ANYTHING = frozenset({"eval", "exec", "attrgetter", "methodcaller"})
 _OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "pow", "mod", "and", "or", "xor", "lshift", "rshift")
 _IMPLICIT = frozenset(
     [f"__{prefix}{name}__" for name in _OPERATORS for prefix in ("", "r", "i")]
-    + ["__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__next__", "__neg__"]
+    + ["__call__", "__enter__", "__exit__", "__get__", "__getattr__", "__getitem__", "__iter__", "__next__", "__neg__"]
 )
 _PLAIN = (str, bytes, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.Tensor)  # lead nowhere
 
@@ -52,30 +53,43 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> boo
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
     inside = list(module.modules())
     known = tree | {id(m) for m in inside}
-    stored = [value for value in _stored(vars(module).values(), _DEPTH) if id(value) not in known]
-    held = {type(value) for value in (*inside, *stored)}
+    stored = [value for value in _stored(_attributes(module), _DEPTH) if id(value) not in known]
+    spaces = frozenset(value for value in stored if _is_space(value))
+    objects = [value for value in stored if not _is_space(value)]
+    held = {type(value) for value in (*inside, *objects)}
     cls: Any = type(module)
-    if _reaches([(value, None) for value in stored], frozenset()):
+    if _reaches([(value, None) for value in objects], spaces):
         return True
-    return _class_reaches(cls, cls.forward, frozenset(c for c in held if not _is_torch(c) and c is not cls))
+    return _class_reaches(cls, _forward(cls), frozenset(c for c in held if not _is_torch(c) and c is not cls) | spaces)
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
     """Every name that the code of the module's forward mentions (not what it calls)."""
     code = getattr(type(module).forward, "__code__", None)
-    return _names_and_strings(code)[0] if code is not None else frozenset()
+    return names_and_strings(code)[0] if code is not None else frozenset()
+
+
+def _forward(cls: type) -> Any:
+    """A class's forward as it is written there: a function, or what makes one, as ``functools.partialmethod`` does."""
+    return next(_members(cls, "forward"), None)
 
 
 @functools.cache
-def _class_reaches(cls: type, forward: Any, held: frozenset[type]) -> bool:
-    return _reaches([(forward, cls)], held)
+def _class_reaches(cls: type, forward: Any, held: frozenset[Any]) -> bool:
+    asked = [(f, c) for c in (cls, *held) for f in _members(c, "__getattr__")]
+    return _reaches([(forward, cls), *asked], held)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object keeps, in its ``__dict__`` or in slots."""
+    return [*getattr(value, "__dict__", {}).values(), *slots(value).values()]
 
 
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
-    """Functions, plain objects and modules among some values, and in the containers and plain objects among them."""
+    """Functions, modules of both kinds, plain classes and objects among some values, and in what lies among them."""
     seen = set() if seen is None else seen
     for value in list(values):  # looking at a lazy one may fill the dictionary that it lies in
-        if _is_code(value) or isinstance(value, nn.Module):
+        if _is_code(value) or isinstance(value, nn.Module) or _is_space(value):
             yield value
         elif isinstance(value, _CONTAINERS):
             if depth and id(value) not in seen:
@@ -86,15 +100,27 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             simple = isinstance(value, types.SimpleNamespace) or not _is_standard(type(value))
             if depth and simple and id(value) not in seen and not _is_torch(type(value)):
                 seen.add(id(value))
-                yield from _stored(getattr(value, "__dict__", {}).values(), depth - 1, seen)
+                yield from _stored(_attributes(value), depth - 1, seen)
+
+
+def _is_space(value: Any) -> bool:
+    """Whether a value is a Python module or a plain class of a user's: what is in there is called by name."""
+    if isinstance(value, types.ModuleType):
+        return not is_library(vars(value).get("__name__"))
+    return isinstance(value, type) and not issubclass(value, nn.Module) and not is_library(value.__module__)
 
 
 def _is_code(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
 
 
-def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
-    """Whether any of these values is, or can come to call, a convolution function."""
+def _reaches(todo: list[_Reached], held: frozenset[Any]) -> bool:
+    """Whether any of these values is, or can come to call, a convolution function.
+
+    Args:
+        held: classes of what the module holds, and Python modules and plain classes that it holds: whatever a method asks
+            for by name may be in one of them.
+    """
     seen: set[Any] = set()
     expanded: set[int] = set()
     met: dict[tuple[int, type | None], Any] = {}  # kept: what lives no longer could share its identity with another value
@@ -111,6 +137,8 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
             todo.append((value.__func__, type(value.__self__)))
         elif isinstance(value, (staticmethod, classmethod)):
             todo.append((value.__func__, cls))
+        elif isinstance(value, functools.singledispatchmethod):
+            todo += [(v, cls) for v in value.dispatcher.registry.values()]
         elif isinstance(value, types.BuiltinFunctionType):
             if value in SPEC_OF_FUNCTION or value.__name__ in _NAMES:
                 return True
@@ -124,10 +152,13 @@ def _reaches(todo: list[_Reached], held: frozenset[type]) -> bool:
         elif isinstance(value, nn.Module):  # one that is no part of the model
             if any(spec_of_module(m) is not None for m in value.modules()):
                 return True
-            todo += [(type(m).forward, type(m)) for m in value.modules()]
+            todo += [(_forward(type(m)), type(m)) for m in value.modules()]
+        elif isinstance(value, types.ModuleType):
+            if _is_space(value) and value not in held:
+                return True  # it lies in a table, and what is called of it cannot be told
         elif isinstance(value, type):
             if issubclass(value, nn.Module) and value not in held:  # made in the forward, it may be
-                todo += [(value.forward, value), (value.__init__, value)]
+                todo += [(_forward(value), value), (value.__init__, value)]
         elif value.__class__ is torch._ops.OpOverload or value.__class__ is torch._ops.OpOverloadPacket:
             if value in GENERAL or any(str(value).startswith(f"aten.{name}") for name in _NAMES):
                 return True
@@ -149,166 +180,152 @@ def _implicit(cls: type) -> Iterator[types.FunctionType]:
             yield from (v for v in found if isinstance(v, types.FunctionType))
 
 
-def _is_standard(value: Any) -> bool:
-    """Whether a class or function is of the standard library."""
-    return (value.__module__ or "").partition(".")[0] in sys.stdlib_module_names
-
-
 def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
-    names, strings = _names_and_strings(function.__code__)
-    called = names & _NAMES and _names_of_others(function.__code__) & _NAMES
+    names, strings = names_and_strings(function.__code__)
+    called = names & _NAMES and names_of_others(function.__code__) & _NAMES
     if called and not (called == {"_conv_forward"} and _is_conv_class(cls)):
         return True
     if names & _ANYTHING or names & _CLASSES:
         return True
+    if "forward" in names and names & {"type", "__class__"} and calls_forward_of_a_class(function.__code__):
+        return True  # past the layer's own
+    if any(value is NotImplemented for value in _imported(function, cls)):
+        return True
     return "getattr" in names and (any(s.startswith("conv") for s in strings) or _looks_up_in_torch(function))
 
 
-@functools.cache
-def _names_of_others(code: types.CodeType) -> frozenset[str]:
-    """The names that code mentions, but for attributes of its first argument: ``self.convolution`` is a layer or a method."""
-    found: set[str] = set()
-    before: Any = None
-    for i in dis.get_instructions(code):
-        if i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            if before is None or before != code.co_varnames[0]:
-                found.add(i.argval)
-            before = None
-        elif i.opname.startswith("LOAD_FAST"):
-            before = i.argval[-1] if isinstance(i.argval, tuple) else i.argval
-        elif i.opname not in ("CACHE", "EXTENDED_ARG"):
-            before = None
-            if isinstance(i.argval, str):
-                found.add(i.argval)
-    inner = (_names_of_others(const) for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(found.union(*inner))
+def _imported(function: types.FunctionType, cls: type | None) -> Iterator[Any]:
+    """What a function imports; of a plain object, a configuration or a progress bar, only what is loaded.
 
-
-@functools.cache
-def _lookups(code: types.CodeType) -> frozenset[tuple[str, str]]:
-    """What ``getattr`` is asked in code: the name of the object, and what that of the attribute begins with."""
-    loads: list[tuple[bool, Any]] = []  # whether it is a constant, and its value or name
-    for i in dis.get_instructions(code):
-        if i.opname.startswith("LOAD_"):
-            loads += [(i.opname == "LOAD_CONST", v) for v in (i.argval if isinstance(i.argval, tuple) else (i.argval,))]
-    found = {
-        (thing, name if constant and isinstance(name, str) else "")
-        for (_, function), (_, thing), (constant, name) in zip(loads, loads[1:], [*loads[2:], (False, "")], strict=False)
-        if function == "getattr" and isinstance(thing, str)
-    }
-    return frozenset(found.union(*(_lookups(const) for const in code.co_consts if isinstance(const, types.CodeType))))
+    Far more of those is within reach than a forward asks for.
+    """
+    return imported(function, loaded=cls is not None and not issubclass(cls, nn.Module))
 
 
 def _looks_up_in_torch(function: types.FunctionType) -> bool:
     """Whether the code says ``getattr(F, …)``, with a module of torch for ``F``."""
-    found = (function.__globals__.get(thing) for thing, _ in _lookups(function.__code__))
+    found = (function.__globals__.get(thing) for thing, _ in lookups(function.__code__))
     return any(isinstance(f, types.ModuleType) and f.__name__.partition(".")[0] == "torch" for f in found)
 
 
-def _looked_up_in_self(function: types.FunctionType, cls: type) -> Iterator[Any]:
-    """What ``getattr(self, …)`` in the code may give: whatever in a user's class begins as the name there does."""
+def _looked_up(function: types.FunctionType, cls: type | None, held: frozenset[Any]) -> Iterator[Any]:
+    """What ``getattr(…, …)`` in the code may give: whatever begins as the name there does, in what it is asked of.
+
+    That is the method's own class, a value that the function knows by name, or, in a method, what the module holds.
+    """
     code = function.__code__
-    if "getattr" in _names_and_strings(code)[0] and code.co_varnames:
-        for thing, start in _lookups(code):
-            if thing == code.co_varnames[0]:
-                yield from _own_members(cls, start)
+    names, _ = names_and_strings(code)
+    if "getattr" not in names:
+        return
+    for thing, start in lookups(code):
+        known = function.__globals__.get(thing) if thing in names else None
+        if known is not None:
+            owners: Iterable[Any] = [known if _is_space(known) else type(known)]
+        elif code.co_varnames and thing == code.co_varnames[0]:
+            owners = [] if cls is None else [cls]
+        else:
+            own = cls is not None and issubclass(cls, nn.Module) and function in _members(cls, function.__name__)
+            owners = held if own else []
+        for owner in owners:
+            for value in _own_members(owner, start):
+                yield value, owner if isinstance(owner, type) else None
 
 
-def _successors(function: types.FunctionType, cls: type | None, held: frozenset[type]) -> Iterator[_Reached]:
+def _successors(function: types.FunctionType, cls: type | None, held: frozenset[Any]) -> Iterator[_Reached]:
     """What a function may call, each with the class that it is a member of."""
+    names, _ = names_and_strings(function.__code__)
+    seen: set[int] = set()
     values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             values.append(cell.cell_contents)
-    yield from ((value, cls) for value in values)
-    names, _ = _names_and_strings(function.__code__)
+    values += _imported(function, cls)
+    values += [function.__globals__.get(name) for name in names]
+    for value in values:
+        yield from _named(value, cls, names, seen)
     for name in names:
-        yield from _resolve(name, function, cls, names, held)
-    if cls is not None:
-        yield from ((value, cls) for value in _looked_up_in_self(function, cls))
+        if cls is not None:
+            yield from _members_named(cls, name, names, seen)
+        if name not in ("forward", "__init__"):  # a module's own forward is a matter of its own
+            for other in held:
+                yield from _members_named(other, name, names, seen)
+    yield from _looked_up(function, cls, held)
 
 
-def _resolve(
-    name: str, function: types.FunctionType, cls: type | None, names: frozenset[str], held: frozenset[type]
-) -> Iterator[_Reached]:
-    found = function.__globals__.get(name)
-    if found is None:  # imported inside the function, it may be
-        found = sys.modules.get(name) or sys.modules.get(f"{(function.__module__ or '').rpartition('.')[0]}.{name}")
-    if isinstance(found, types.ModuleType):
-        if not found.__name__.startswith("torch.") and found.__name__ != "torch":
-            for n in names & vars(found).keys():  # asking for others would import what a lazy module has not loaded yet
-                yield from _global(vars(found)[n], cls, names)
-    elif found is not None:
-        yield from _global(found, cls, names)
-    if cls is not None:
-        yield from ((member, cls) for member in _members(cls, name))
-    if name not in ("forward", "__init__"):  # a module's own forward is a matter of its own
-        yield from ((member, other) for other in held for member in _members(other, name))
+def _named(value: Any, cls: type | None, names: frozenset[str], seen: set[int]) -> Iterator[_Reached]:
+    """What a value that a function knows by name may lead to.
 
-
-def _global(value: Any, cls: type | None, names: frozenset[str]) -> Iterator[_Reached]:
-    """What a value that a function knows by name may lead to; ``names`` are those that the function mentions."""
-    if isinstance(value, _CONTAINERS):
+    Args:
+        names: those that the function mentions: of modules within modules, of attributes, of methods.
+        seen: ids of what has been looked through for these names.
+    """
+    if value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    if _is_code(value) or isinstance(value, (*_CONTAINERS, nn.Module)):
         yield value, cls
-    elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        return
+    seen.add(id(value))
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function):
         # its forward runs without gradients, unless it turns them on
         forwards = (f.__func__ if isinstance(f, staticmethod) else f for f in _members(value, "forward"))
         yield from ((f, value) for f in forwards if _turns_gradients_on(f))
+    elif isinstance(value, types.ModuleType):
+        if _is_space(value):
+            for name in names:  # asking for what is not there would import what a lazy module has not loaded yet
+                yield from _members_named(value, name, names, seen)
     elif isinstance(value, type) and not issubclass(value, nn.Module):
         if not _is_torch(value):
-            yield from ((v, value) for n in (*names, "__init__") for v in _members(value, n))
+            for name in (*names, "__init__"):
+                yield from _members_named(value, name, names, seen)
             yield from ((v, value) for v in _implicit(value))
-    elif value is not None and not isinstance(value, types.ModuleType):
+    else:
         yield value, cls
-        if not _is_code(value) and not isinstance(value, (nn.Module, type)) and not _is_torch(type(value)):
-            yield from ((v, type(value)) for n in names for v in _members(type(value), n))
+        if not isinstance(value, type) and not _is_torch(type(value)):
+            for name in names:
+                yield from _members_named(type(value), name, names, seen)
+
+
+def _members_named(owner: Any, name: str, names: frozenset[str], seen: set[int]) -> Iterator[_Reached]:
+    for member in _members(owner, name):
+        yield from _named(member, owner if isinstance(owner, type) else None, names, seen)
 
 
 def _turns_gradients_on(function: Any) -> bool:
     code = getattr(function, "__code__", None)
-    return code is not None and bool(_names_and_strings(code)[0] & {"enable_grad", "set_grad_enabled"})
+    return code is not None and bool(names_and_strings(code)[0] & {"enable_grad", "set_grad_enabled"})
 
 
-def _own_members(cls: type, start: str) -> Iterator[Any]:
-    """What a user's class and its bases have under names with that start, but for what makes an instance and the forward."""
-    for klass in cls.__mro__:
-        if not _is_torch(klass) and klass.__module__.partition(".")[0] not in sys.stdlib_module_names:
-            for name, value in vars(klass).items():
+def _own_members(owner: Any, start: str) -> Iterator[Any]:
+    """What a user's class or a module has under names with that start, but for ``forward`` and ``__init__``."""
+    for space in getattr(owner, "__mro__", (owner,)):
+        if _is_space(space) or (isinstance(space, type) and not is_library(space.__module__)):
+            for name, value in vars(space).items():
                 if name.startswith(start) and name not in ("forward", "__init__"):
                     yield value.fget if isinstance(value, property) else value
 
 
-def _members(cls: type, name: str) -> Iterator[Any]:
-    for klass in cls.__mro__:
-        if klass is not nn.Module and name in vars(klass):
-            value = vars(klass)[name]
+def _members(owner: Any, name: str) -> Iterator[Any]:
+    """What a class and its bases, or a module, have under a name; of a property, its function."""
+    for space in owner.__mro__ if isinstance(owner, type) else (owner,):
+        if space is not nn.Module and name in vars(space):
+            value = vars(space)[name]
             yield value.fget if isinstance(value, property) else value
 
 
-@functools.cache
-def _names_and_strings(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    names: set[str] = set(code.co_names)
-    strings: set[str] = set()
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            inner_names, inner_strings = _names_and_strings(const)
-            names |= inner_names
-            strings |= inner_strings
-        elif isinstance(const, str):
-            strings.add(const)
-    return frozenset(names), frozenset(strings)
+def _is_torch(value: Any) -> bool:
+    return package(getattr(value, "__module__", None)) == "torch"
 
 
-def _is_torch(function: Any) -> bool:
-    module = getattr(function, "__module__", None) or ""
-    return module == "torch" or module.startswith("torch.")
+def _is_standard(value: Any) -> bool:
+    """Whether a class or function is of the standard library."""
+    return package(value.__module__) in sys.stdlib_module_names
 
 
 def _is_foreign(function: types.FunctionType) -> bool:
     """Whether nothing of interest is behind a function of the standard library, or of torch: its own modules and functionals
     call a convolution only through ``_conv_forward``.
     """
-    return _is_torch(function) or _is_standard(function)
+    return is_library(function.__module__)
 
 
 def _is_conv_class(cls: type | None) -> bool:

@@ -32,7 +32,7 @@ class Row:
             convolution. Of the first call. None before shapes are known.
         input_shape, weight_shape, output_shape: of the first call, (N, C, *spatial), as the function takes the weight,
             (N, K, *spatial); None before the first step.
-        calls: calls in a step, where a captured graph or a measurement tells; else 1.
+        calls: calls in a step, as a captured graph, a measurement or else the first training step tells; 1 before that.
         flops_dense, flops_now: of the backward pass of all calls (the gradients of input and weight, where they are
             computed), a multiply-add counted as two.
         grad_bytes_dense, grad_bytes_now: memory of the outputs' gradients that the backward products of all calls read.

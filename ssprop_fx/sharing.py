@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -9,7 +10,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def shared_copy(
     Every module becomes a new object of the same class; parameters, buffers and other tensors, those of modules in plain
     containers included, are the same objects in both. Attributes, hooks, bound methods, closures and weak references that
     refer to modules of the tree refer to the copies. What cannot be copied (a lock, an open file, a process group) is
-    shared, and so are scripted modules, which are opaque to Python.
+    shared, and so are bare objects, which code compares with ``is``, and scripted modules, which are opaque to Python.
 
     Args:
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
@@ -60,6 +61,7 @@ def shared_copy(
     found = list(reachable([model]))
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
     memo |= {id(value): value for value in shared}
+    memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
     for module in modules:
         plain_new = type(module).__new__ is object.__new__
         memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))
@@ -75,10 +77,9 @@ def shared_copy(
                         _share_listeners(value.values(), memo)
                     state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
     for module in modules:
-        for name in _slots(type(module)):
-            if hasattr(module, name):
-                key = f"{type(module).__name__}.{name}"
-                object.__setattr__(memo[id(module)], name, _copied(getattr(module, name), memo, tree, key, share_listeners))
+        for name, value in slots(module).items():
+            key = f"{type(module).__name__}.{name}"
+            object.__setattr__(memo[id(module)], name, _copied(value, memo, tree, key, share_listeners))
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
         for key in vars(module):
@@ -87,13 +88,26 @@ def shared_copy(
     return memo[id(model)]
 
 
-def _slots(cls: type) -> Iterator[str]:
-    """Names of the attributes that instances keep outside of their ``__dict__``."""
+def slots(value: Any) -> dict[str, Any]:
+    """The attributes that an object keeps outside of its ``__dict__``, in slots that a Python class declares."""
+    found, cls = {}, cast(Any, type(value))
+    for name, slot in _slots(cls):
+        with contextlib.suppress(AttributeError):  # an empty one
+            found[name] = slot.__get__(value)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(cls: type) -> list[tuple[str, Any]]:
+    found = []
     for klass in cls.__mro__:
         declared = vars(klass).get("__slots__", ())
         for name in (declared,) if isinstance(declared, str) else declared:
             if name not in ("__dict__", "__weakref__"):
-                yield f"_{klass.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
+                inner = f"_{klass.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
+                if isinstance(vars(klass).get(inner), types.MemberDescriptorType):
+                    found.append((inner, vars(klass)[inner]))
+    return found
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
@@ -168,7 +182,7 @@ def reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
         elif isinstance(value, types.FunctionType):
             stack.extend(_contents(value))
         if objects and not isinstance(value, types.FunctionType):
-            stack.extend(getattr(value, "__dict__", {}).values())
+            stack.extend((*getattr(value, "__dict__", {}).values(), *slots(value).values()))
 
 
 def _contents(function: types.FunctionType) -> list[Any]:
@@ -252,4 +266,4 @@ def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
                 memo.setdefault(id(listener), listener)
 
 
-__all__ = ["reachable", "shared_copy"]
+__all__ = ["reachable", "shared_copy", "slots"]

@@ -21,6 +21,7 @@ from ._compat import (
     function_modes,
     functorch_active,
     requires_grad,
+    running_backward,
     saved_tensors_hooked,
 )
 from .allocation import Allocation, Follower, observers
@@ -29,14 +30,17 @@ from .cost import Call
 from .functions import SavedTensors, SparseConvolution, TransformableConvolution, unseen
 from .policy import Settings
 
+_MOST_CALLS = 1000  # of a layer that a step is taken to make: a model may run forever without any backward pass
+
 
 class Site(Follower):
     """One convolution of one transformed model.
 
     Attributes:
         layer: the name users know, as in ``named_modules()``; ``owner#conv2d.0`` for a functional call.
-        call: the first call that was seen, one with a gradient if there was any; None before.
+        first_step: the calls of the first step that was seen, those with a gradient; before that the first call without.
         calls: every call from now on, if coverage's measurement has put a list here.
+        ran_backward: whether a backward pass of the layer has begun, with which its first step's calls are complete.
     """
 
     def __init__(
@@ -50,7 +54,9 @@ class Site(Follower):
     ) -> None:
         self.layer, self.spec, self.kinds, self.rung = layer, spec, kinds, rung
         self.settings, self.allocation = settings, allocation
-        self.call: Call | None = None
+        self.first_step: list[Call] = []
+        self.ran_backward = False
+        self._began = (0, -1)  # the clock, and which backward pass was running, when the first step began
         self.calls: list[Call] | None = None
         self.known = False  # nothing more is to be learned from a call
         self._geometry: tuple | None = None  # the arguments of the last call as they came, and
@@ -72,11 +78,31 @@ class Site(Follower):
     def remember(self, input: Tensor, weight: Tensor, output: Tensor, args: ConvArgs, needs: tuple[bool, bool] | None) -> None:
         """Take down what a report says of a call."""
         call = Call.of(input, weight, output, args, needs)
-        if self.call is None or self.call.needs is None:
-            self.call = call
         if self.calls is not None:
             self.calls.append(call)
-        self.known = self.call.needs is not None and self.calls is None
+        else:
+            self._take_down(call, output)
+
+    def _take_down(self, call: Call, output: Tensor) -> None:
+        """Add a call to the first step's, or see that that is over: with its backward pass, or a step of the clock."""
+        steps, backward = self.allocation.policy.steps, running_backward()
+        if not self.first_step or self.first_step[0].needs is None:
+            self.first_step, self._began = [call], (steps, backward)
+            self.known = call.needs is not None and not any(call.needs)
+            if output.grad_fn is not None:  # inside an autograd.Function there is none yet, and that one's backward tells
+                output.grad_fn.register_prehook(self._note_backward)
+        elif call.needs is None:
+            return
+        elif backward == self._began[1]:  # the forward pass, or the backward pass in which a checkpoint runs it
+            over = (self.ran_backward and backward == -1) or steps != self._began[0] or len(self.first_step) == _MOST_CALLS
+            self.known = over
+            if not over:
+                self.first_step.append(call)
+        elif self._began[1] != -1:
+            self.known = True
+
+    def _note_backward(self, *_: Any) -> None:
+        self.ran_backward = True
 
     def announce(
         self,

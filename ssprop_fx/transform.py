@@ -82,6 +82,9 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     parameters and buffers with ``model``, which itself is left as it is and still runs dense. Forward results are equal
     bit for bit. Optimizers made for either serve both. Wrap (DDP) or compile the result, not the other way round.
 
+    Move or convert a model (``.to``, ``.double``) before: moving the result puts new buffers into it alone. What hooks and
+    attributes hold is copied, too: register hooks, and change attributes, on the result.
+
     Args:
         model: any module; nothing needs to be run first, except to materialise lazy modules.
         policy: a :class:`Policy`, the path of a policy file, a mapping as in such a file, or None for the default

@@ -184,6 +184,21 @@ def test_only_the_gradients_that_are_asked_for_are_computed(asked):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_random_channels_of_gradients_by_sample_are_as_vmap_is_told(randomness):
+    torch.manual_seed(0)
+    policy = Policy(drop_rate=0.5, criterion="random", round_to=1, schedule={"kind": "constant"})
+    model, x = ssprop_fx.transform(nn.Conv2d(3, 32, 3), policy), torch.randn(2, 3, 8, 8)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
+    kept = by_sample(dict(model.named_parameters()), x)["weight"].flatten(2).abs().sum(2) > 0
+    assert kept.sum(1).tolist() == [16, 16]
+    assert torch.equal(kept[0], kept[1]) == (randomness == "same")
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_networks_side_by_side_in_vmap_drop_what_each_alone_would(frozen):
     nets = [net(nn.Conv2d(3, 10, 3)) for _ in range(3)]

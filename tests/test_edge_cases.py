@@ -340,7 +340,7 @@ def test_a_convolution_in_a_scripted_function_stays_dense_and_is_named_with_its_
     assert report.coverage == pytest.approx(2 / 3)
     left = {row.layer: row.reason for row in report.rows if row.rung == "-"}
     assert list(left) == ["0#convolution"]
-    assert left["0#convolution"].startswith("1 in a step, in code that transform cannot")
+    assert left["0#convolution"].startswith("1 in a step, made by code that transform did not recognise")
     assert report.measurement.hidden == {"0": 1}
 
 

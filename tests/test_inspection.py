@@ -127,6 +127,51 @@ def test_every_call_counts_for_what_it_is():
     assert report.at(1).flops_now == pytest.approx(backward_flops(model, x), rel=1e-3)
 
 
+class Repeated(nn.Module):
+    """One layer at every time step; ``reentrant`` says how it is checkpointed, or None."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.conv, self.reentrant = nn.Conv2d(8, 8, 3, padding=1), reentrant
+
+    def over_time(self, x):
+        for _ in range(4):
+            x = self.conv(x)
+        return x
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.over_time(x)
+        return checkpoint(self.over_time, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_first_step_tells_all_of_its_calls(reentrant, end):
+    policy = Policy(drop_rate=0.5, schedule={"kind": "constant", "end": end, "clock": "manual"})
+    model = ssprop_fx.transform(Repeated(reentrant), policy)
+    x = torch.randn(2, 8, 6, 6, requires_grad=bool(reentrant))
+    with torch.no_grad():
+        model(x)
+    assert ssprop_fx.inspect(model)["conv"].calls == 1
+    for _ in range(3):  # the clock stands: gradients are accumulated
+        model(x).square().mean().backward()
+        told, measured = ssprop_fx.inspect(model), ssprop_fx.inspect(model, x)
+        assert told["conv"].calls == measured["conv"].calls == 4
+        assert (told.flops_dense, told.flops_now) == (measured.flops_dense, measured.flops_now)
+    site = model.__dict__["_ssprop"].sites["conv"]
+    assert site.known  # later calls are not looked at
+
+
+def test_calls_without_any_backward_pass_are_not_collected_forever():
+    model = ssprop_fx.transform(nn.Conv2d(3, 8, 1), turns(0.5, round_to=1))
+    x = torch.randn(1, 3, 1, 1)
+    for _ in range(1100):
+        model(x)
+    site = model.__dict__["_ssprop"].sites[""]
+    assert (len(site.first_step), site.known) == (1000, True)
+
+
 def test_at_another_step_gives_what_training_keeps(resnet):
     model, policy, x, report = resnet
     model = copy.deepcopy(model)

@@ -1,7 +1,9 @@
 """Functional convolutions are found wherever a forward may get them from, and modules without any are left alone."""
 
+import dataclasses
 import functools
 import operator
+import sys
 import types
 
 import functional_helpers
@@ -16,7 +18,12 @@ from ssprop_fx import Policy
 from ssprop_fx.coverage import measure
 from ssprop_fx.reach import may_call_convolution
 
+PACKAGE, OPERATIONS = types.ModuleType("package_of_two_levels"), types.ModuleType("package_of_two_levels.operations")
+PACKAGE.operations, OPERATIONS.package = OPERATIONS, PACKAGE
+vars(OPERATIONS).update(convolve=functional_helpers.convolve, Maker=Projector)
+
 TABLE = {"relu": F.relu, "conv": F.conv2d}
+MODULES = {"operations": OPERATIONS}
 NESTED = [[F.relu, (F.conv2d,)]]
 PROJECTOR = Projector()
 
@@ -84,6 +91,30 @@ class Base(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+
+class Configuration:
+    class operations:
+        operation = staticmethod(F.conv2d)
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    operation: object
+
+
+class Descriptive:
+    def __get__(self, owner, kind):
+        return F.conv2d
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def encode(self, x):
+        return F.conv2d(x, self.weight)
 
 
 class StaticMethod(Base):
@@ -289,6 +320,131 @@ class OperatorOfAnyOverload(Base):
         return torch.ops.aten.conv2d(x, self.weight, padding="same")
 
 
+class ModuleInAModule(Base):
+    def forward(self, x):
+        return PACKAGE.operations.convolve(x, self.weight)
+
+
+class ClassInAModuleInAModule(Base):
+    def forward(self, x):
+        return PACKAGE.operations.Maker().run(x, self.weight)
+
+
+class ModuleAsAnAttribute(Base):
+    def __init__(self):
+        super().__init__()
+        self.library = PACKAGE
+
+    def forward(self, x):
+        return self.library.operations.convolve(x, self.weight)
+
+
+class ModuleInATable(Base):
+    def forward(self, x):
+        return MODULES["operations"].convolve(x, self.weight)
+
+
+class ModuleAsADefault(Base):
+    def forward(self, x, library=OPERATIONS):
+        return library.convolve(x, self.weight)
+
+
+class ModuleInAClosure(Base):
+    forward = (lambda library: lambda self, x: library.convolve(x, self.weight))(OPERATIONS)
+
+
+class ModuleAskedForAName(Base):
+    def forward(self, x):
+        return getattr(OPERATIONS, "".join(["con", "volve"]))(x, self.weight)
+
+
+class ClassInAClass(Base):
+    def forward(self, x):
+        return Configuration.operations.operation(x, self.weight)
+
+
+class ClassAsAnAttribute(Base):
+    def __init__(self):
+        super().__init__()
+        self.operations = Operations
+
+    def forward(self, x):
+        return self.operations.static(x, self.weight)
+
+
+class ObjectWithSlots(Base):
+    def __init__(self):
+        super().__init__()
+        self.slotted = Slotted(F.conv2d)
+
+    def forward(self, x):
+        return self.slotted.operation(x, self.weight)
+
+
+class ModuleWithSlots(Base):
+    __slots__ = ("operation",)
+
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "operation", F.conv2d)
+
+    def forward(self, x):
+        return self.operation(x, self.weight)
+
+
+class MethodDispatchedOnTheType(Base):
+    @functools.singledispatchmethod
+    def run(self, x):
+        raise TypeError(x)
+
+    @run.register
+    def _(self, x: torch.Tensor):
+        return F.conv2d(x, self.weight)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class PartialForward(Base):
+    def operation(self, x, padding):
+        return F.conv2d(x, self.weight, padding=padding)
+
+    forward = functools.partialmethod(operation, padding=1)
+
+
+class AskedForAnAttribute(Base):
+    def __getattr__(self, name):
+        return functools.partial(F.conv2d, weight=self.weight) if name == "made_up" else super().__getattr__(name)
+
+    def forward(self, x):
+        return self.made_up(x)
+
+
+class Descriptor(Base):
+    operation = Descriptive()
+
+    def forward(self, x):
+        return self.operation(x, self.weight)
+
+
+class NameAskedOfAChild(Base):
+    def __init__(self):
+        super().__init__()
+        self.child = Encoder()
+
+    def forward(self, x):
+        return [getattr(child, "en" + "code")(x) for child in self.children()][0]
+
+
+class ForwardOfAClass(Base):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 8, 2, bias=False)
+
+    def forward(self, x):
+        return type(self.up).forward(self.up, x)
+
+
 class GraphInsideOfAFunction(Base):
     def forward(self, x):
         return Recorded.apply(x, self.weight)
@@ -306,6 +462,62 @@ def test_functional_convolution_is_found(caller):
     assert torch.equal(model(x), original(x))
     measured = measure(model, x)
     assert (measured.sparse, measured.dense) == (1, 1)
+
+
+LATE = {
+    "late": "import late.operations\nreturn late.operations.convolve(x, self.weight)",
+    "from": "from late.operations import convolve\nreturn convolve(x, self.weight)",
+    "through": "from late.through import convolve\nreturn convolve(x, self.weight)",
+    "submodule": "from late import operations\nreturn operations.convolve(x, self.weight)",
+    "relative": "from .operations import convolve\nreturn convolve(x, self.weight)",
+}
+FILES = {
+    "__init__": "",
+    "operations": "import torch\n\ndef convolve(x, w):\n    return torch.nn.functional.conv2d(x, w)\n\ndef relu(x):\n    return x.relu()\n",
+    "through": "from .operations import convolve, relu\n",
+    "plain": "def relu(x):\n    return x.relu()\n",
+}
+
+
+@pytest.fixture
+def late(tmp_path, monkeypatch):
+    """A package that nothing has imported yet."""
+    (tmp_path / "late").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / "late" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] == "late"]:
+        del sys.modules[name]
+
+
+def importing(body):
+    lines = body.replace("\n", "\n    ")
+    space = {"__name__": "late.model", "__package__": "late"}
+    exec(f"def forward(self, x):\n    {lines}", space)
+    return type("Importing", (Base,), {"forward": space["forward"]})
+
+
+@pytest.mark.parametrize("way", LATE)
+def test_what_a_forward_imports_when_it_runs_is_found(late, way):
+    assert may_call_convolution(importing(LATE[way])())
+    assert "late.operations" not in sys.modules  # nothing was loaded to find out
+
+
+def test_what_a_lazy_module_makes_when_it_is_asked_may_be_anything(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lazy", LAZY)
+    assert may_call_convolution(importing("from lazy import convolve\nreturn convolve(x, self.weight)")())
+
+
+def test_an_import_of_what_does_not_convolve_is_left_alone(late):
+    for body in (
+        "from late.plain import relu\nreturn relu(x)",
+        "from late import __version__\nreturn x",
+        "import not_installed_at_all\nreturn x",
+        "from late.nowhere import relu\nreturn relu(x)",
+        "import torch.testing, math\nfrom collections import deque\nreturn x",
+    ):
+        assert not may_call_convolution(importing(body)())
 
 
 def test_what_a_generator_convolves_between_its_items_is_found():

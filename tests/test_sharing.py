@@ -1,5 +1,6 @@
 """The copy that ``transform`` makes: modules are new, tensors are the same, and what refers to a module refers to the new one."""
 
+import enum
 import functools
 import logging
 import threading
@@ -169,6 +170,49 @@ def test_a_proxy_of_what_is_gone_is_no_obstacle():
     original = nn.Sequential(nn.Conv2d(3, 8, 3))
     original.trainer = weakref.proxy(Listener(original[0]))
     assert transform(original, policy())(X).shape == (2, 8, 6, 6)
+
+
+UNSET = object()
+
+
+class Kind(enum.Enum):
+    PLAIN = 1
+
+
+class Marked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mark, self.kept, self.kind, self.make = nn.Conv2d(3, 8, 3), UNSET, [{"a": UNSET}], Kind.PLAIN, nn.ReLU
+
+    def forward(self, x):
+        same = self.mark is UNSET and self.kept[0]["a"] is UNSET and self.kind is Kind.PLAIN and self.make is nn.ReLU
+        return self.conv(x) * (2 if same else 0)
+
+
+def test_what_is_known_by_its_identity_is_the_same_in_the_copy():
+    original = Marked()
+    model = transform(original, policy())
+    assert torch.equal(model(X), original(X))
+    assert original(X).any()
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_a_model_that_was_moved_is_deployed_by_its_state():
+    original, moved_first = Normalised(), Normalised().double()
+    first, moved = transform(moved_first, policy()), transform(original, policy()).double()
+    for model in (first, moved):
+        model(X.double())
+    assert torch.equal(first.eval()(X.double()), moved_first.eval()(X.double()))
+    original.double().load_state_dict(moved.state_dict())  # as documented: its buffers were others
+    assert torch.equal(moved.eval()(X.double()), original.eval()(X.double()))
 
 
 class Uncopyable:
