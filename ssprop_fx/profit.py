@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .backward import dense_backward, sparse_backward
 from .cost import Call
 from .files import write_json
@@ -69,7 +70,7 @@ def measure(call: Call, keeps: Sequence[int], criterion: str = "l1", gradients: 
     missing = [keep for keep, name in names.items() if name not in store]
     if missing:
         with torch.no_grad(), torch.random.fork_rng(devices=[] if call.device == "cpu" else None):
-            grad, input, weight = (_random(call, sizes) for sizes in (call.output, call.input, call.weight))
+            grad, input, weight = (random_tensor(call, sizes) for sizes in (call.output, call.input, call.weight))
             mask = (*(call.needs or (True, True)), False)
             output = grad if criterion.startswith("taylor") else None
             calls: dict[str, Any] = {"dense": lambda: dense_backward(grad, input, weight, call.args, mask)}
@@ -139,7 +140,8 @@ def _loss(demand: Demand, keep: int) -> Timing | None:
     return None if timing.pays else timing
 
 
-def _random(call: Call, sizes: Sequence[int]) -> Tensor:
+def random_tensor(call: Call, sizes: Sequence[int]) -> Tensor:
+    """Normal random numbers of a size, and of the call's type, device and layout."""
     tensor = torch.randn(tuple(sizes), device=call.device).to(call.dtype)
     if call.channels_last and tensor.dim() > 2:
         tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -168,7 +170,8 @@ def folder() -> Path:
 @functools.cache
 def _machine() -> str:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return f"{platform.machine()} {processor()} {accelerator} {torch.__version__}"
+    loops = "" if native.library is None else " loops in C"
+    return f"{platform.machine()} {processor()} {accelerator} {torch.__version__}{loops}"
 
 
 def _path() -> Path:
