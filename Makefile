@@ -35,7 +35,7 @@ clean:
 	rm -rf .venv site
 
 # .venv/.installed-test: the package, editable, with the extra `test`
-.venv/.installed-%: pyproject.toml | .venv/bin/python
+.venv/.installed-%: pyproject.toml setup.py $(wildcard ssprop_fx/kernels/*.[ch]) | .venv/bin/python
 	$(BIN)/python -m pip install -e '.[$*]'
 	@touch $@
 
