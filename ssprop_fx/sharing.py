@@ -84,7 +84,7 @@ def shared_copy(
 
 
 def attributes(value: Any) -> list[Any]:
-    """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is (a policy does)."""
+    """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is, as a policy."""
     kept, cls = list(getattr(value, "__dict__", {}).values()), cast(Any, type(value))
     return kept + list(_in_slots(value).values()) if _slots(cls) and not _tells_state(cls) else kept
 
