@@ -20,7 +20,7 @@ from torch import nn
 
 from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
 from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
-from .sharing import slots
+from .sharing import attributes
 
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
 
@@ -53,7 +53,7 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> boo
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
     inside = list(module.modules())
     known = tree | {id(m) for m in inside}
-    stored = [value for value in _stored(_attributes(module), _DEPTH) if id(value) not in known]
+    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in known]
     spaces = frozenset(value for value in stored if _is_space(value))
     objects = [value for value in stored if not _is_space(value)]
     held = {type(value) for value in (*inside, *objects)}
@@ -80,11 +80,6 @@ def _class_reaches(cls: type, forward: Any, held: frozenset[Any]) -> bool:
     return _reaches([(forward, cls), *asked], held)
 
 
-def _attributes(value: Any) -> list[Any]:
-    """What an object keeps, in its ``__dict__`` or in slots."""
-    return [*getattr(value, "__dict__", {}).values(), *slots(value).values()]
-
-
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
     """Functions, modules of both kinds, plain classes and objects among some values, and in what lies among them."""
     seen = set() if seen is None else seen
@@ -100,7 +95,7 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             simple = isinstance(value, types.SimpleNamespace) or not _is_standard(type(value))
             if depth and simple and id(value) not in seen and not _is_torch(type(value)):
                 seen.add(id(value))
-                yield from _stored(_attributes(value), depth - 1, seen)
+                yield from _stored(attributes(value), depth - 1, seen)
 
 
 def _is_space(value: Any) -> bool:

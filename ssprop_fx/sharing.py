@@ -77,7 +77,7 @@ def shared_copy(
                         _share_listeners(value.values(), memo)
                     state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
     for module in modules:
-        for name, value in slots(module).items():
+        for name, value in _in_slots(module).items():
             key = f"{type(module).__name__}.{name}"
             object.__setattr__(memo[id(module)], name, _copied(value, memo, tree, key, share_listeners))
     for module in modules:  # in the order that the original has them
@@ -88,7 +88,18 @@ def shared_copy(
     return memo[id(model)]
 
 
-def slots(value: Any) -> dict[str, Any]:
+def attributes(value: Any) -> list[Any]:
+    """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is, as a policy."""
+    kept, cls = list(getattr(value, "__dict__", {}).values()), cast(Any, type(value))
+    return kept + list(_in_slots(value).values()) if _slots(cls) and not _tells_state(cls) else kept
+
+
+def _tells_state(cls: type) -> bool:
+    told = getattr(cls, "__getstate__", None)
+    return isinstance(told, types.FunctionType) and told.__module__ != "dataclasses" and not issubclass(cls, nn.Module)
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
     """The attributes that an object keeps outside of its ``__dict__``, in slots that a Python class declares."""
     found, cls = {}, cast(Any, type(value))
     for name, slot in _slots(cls):
@@ -182,7 +193,7 @@ def reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
         elif isinstance(value, types.FunctionType):
             stack.extend(_contents(value))
         if objects and not isinstance(value, types.FunctionType):
-            stack.extend((*getattr(value, "__dict__", {}).values(), *slots(value).values()))
+            stack.extend(attributes(value))
 
 
 def _contents(function: types.FunctionType) -> list[Any]:
@@ -266,4 +277,4 @@ def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
                 memo.setdefault(id(listener), listener)
 
 
-__all__ = ["reachable", "shared_copy", "slots"]
+__all__ = ["attributes", "reachable", "shared_copy"]

@@ -12,6 +12,7 @@ from torch import nn
 
 import ssprop_fx
 from ssprop_fx import Policy, inspect, transform
+from ssprop_fx.sharing import reachable
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -291,6 +292,31 @@ def test_an_inspection_trains_nothing_and_puts_back_what_it_moved():
     assert float(model.count) == float(model.seen["a"]) == 0
     model(X).sum().backward()
     assert len(calls) == 2
+
+
+def test_an_inspection_looks_into_slots_for_tensors_and_not_into_the_policy():
+    class Slotted:
+        __slots__ = ("count",)
+
+        def __init__(self):
+            self.count = torch.zeros(1)
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.kept = nn.Conv2d(3, 8, 3), Slotted()
+
+        def forward(self, x):
+            self.kept.count += 1
+            return self.conv(x)
+
+    chosen = policy()
+    model = transform(Counting(), chosen)
+    inspect(model, X)
+    assert float(model.kept.count) == 0
+    found = list(reachable([model]))
+    assert any(value is chosen for value in found)
+    assert not any(value is chosen._clock for value in found)
 
 
 class Functional(nn.Module):
