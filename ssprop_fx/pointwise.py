@@ -19,7 +19,7 @@ from .gather import between_zeros, channels_last, spread, take
 from .products import product_of_columns
 
 # Kept channels times the input's: the weight's gradient of each thread stays in the cache. Above it two products are quicker.
-_MOST = 48 * 1024
+_MOST = 64 * 1024
 
 
 def is_pointwise(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
