@@ -20,6 +20,8 @@ from .convolutions import ConvArgs
 
 logger = logging.getLogger(__name__)
 
+_VERSION = 1  # of the functions' arguments, as in kernels.c
+
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -42,6 +44,9 @@ def _load() -> ctypes.CDLL | None:
             logger.warning("%s does not load (%s): some layers take longer", path, problem)
             return None
         if found is not None:
+            if getattr(found, "ssprop_version", lambda: 0)() != _VERSION:  # an editable installation whose source has changed
+                logger.warning("%s is of another version: some layers take longer until the package is installed again", path)
+                return None
             for name, arguments in _ARGUMENTS.items():
                 getattr(found, name).argtypes = arguments
             return found
@@ -57,10 +62,13 @@ def serves(*tensors: Tensor) -> bool:
     if library is None or torch.compiler.is_compiling() or dispatch_modes() or functorch_active() or forward_ad_active():
         return False
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not recorded and all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and t.numel() > 0
-        for t in tensors
-    )
+    return not recorded and all(map(_plain, tensors))
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether the numbers are what lies in memory: no subclass, no sparse layout, no sign that is still to be changed."""
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
+    return known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 def steps(tensor: Tensor) -> tuple[int, int] | None:

@@ -179,7 +179,9 @@ def test_only_plain_data_that_nobody_watches_is_served():
     tensor = torch.ones(2, 3, 4, 4)
     assert native.serves(tensor)
     assert native.serves(nn.Parameter(tensor)) is False  # a graph is being recorded
-    for other in (tensor.double(), tensor.to("meta"), tensor.bfloat16(), tensor[:0], tensor.as_subclass(Subclass)):
+    negated = torch.complex(tensor, tensor).conj().imag
+    assert negated.is_neg()
+    for other in (tensor.double(), tensor.to("meta"), tensor.bfloat16(), tensor[:0], tensor.as_subclass(Subclass), negated):
         assert not native.serves(tensor, other)
     seen = []
     torch.func.vmap(lambda t: (seen.append(native.serves(t)), t)[1])(tensor)
@@ -196,6 +198,12 @@ def test_data_that_is_not_dense_goes_another_way():
     assert native.abs_sum(part) is None
     torch.testing.assert_close(importance(part, None, "l1"), part.abs().sum((0, 2, 3)))
     assert torch.equal(take(part, 1, torch.tensor([2])), part[:, [2]])
+
+
+def test_a_library_of_another_version_is_left_alone(monkeypatch, caplog):
+    monkeypatch.setattr(native, "_VERSION", 0)
+    assert native._load() is None
+    assert "another version" in caplog.text
 
 
 def test_the_package_works_where_they_have_not_been_built():

@@ -69,7 +69,10 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #define RUN(name, ...) name##_any(__VA_ARGS__)
 #endif
 
-/* Every function returns 0, or 1 when there is no memory for what it has to put aside. */
+/* Of the functions' arguments, as in native.py. */
+int ssprop_version(void) { return 1; }
+
+/* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
 int ssprop_abs_sum(const float *grad, int64_t samples, int64_t channels, int64_t positions, int last, float *sums,
                    int threads)
