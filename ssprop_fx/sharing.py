@@ -90,7 +90,11 @@ def shared_copy(
 
 def attributes(value: Any) -> list[Any]:
     """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is, as a policy."""
-    kept, cls = list(getattr(value, "__dict__", {}).values()), cast(Any, type(value))
+    cls = cast(Any, type(value))
+    try:  # not through a __getattr__ of its own, which may do, and raise, anything
+        kept = list(object.__getattribute__(value, "__dict__").values())
+    except (AttributeError, TypeError):
+        kept = []
     return kept + list(_in_slots(value).values()) if _slots(cls) and not _tells_state(cls) else kept
 
 
