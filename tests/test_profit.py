@@ -308,6 +308,6 @@ def test_a_folder_that_cannot_be_written_loses_only_the_memory(tmp_path, monkeyp
 
 
 def test_tensors_have_the_layout_and_type_of_the_call():
-    made = profit._random(call(dtype=torch.bfloat16, channels_last=True), (2, 4, 8, 8))
+    made = profit.random_tensor(call(dtype=torch.bfloat16, channels_last=True), (2, 4, 8, 8))
     assert made.dtype == torch.bfloat16
     assert made.is_contiguous(memory_format=torch.channels_last)
