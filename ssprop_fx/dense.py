@@ -20,6 +20,11 @@ def dense_backward(grad: Tensor, input: Tensor, weight: Tensor, args: ConvArgs, 
         return _linear_backward(grad, input, weight, mask)
     bias_sizes = [grad.shape[1]] if mask[2] else None
     grads = torch.ops.aten.convolution_backward.default(grad, input, weight, bias_sizes, *_lists(args), list(mask))
+    return asked_for(grads, mask)
+
+
+def asked_for(grads: Sequence[Tensor | None], mask: Sequence[bool]) -> Gradients:
+    """Those of the gradients of input, weight and bias that ``mask`` names; None for the others."""
     return grads[0] if mask[0] else None, grads[1] if mask[1] else None, grads[2] if mask[2] else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native, operators
 from .convolutions import ConvArgs, conv_backward_flops
-from .dense import Gradients, dense_backward
+from .dense import Gradients, asked_for, dense_backward
 from .gather import spread, take
 
 
@@ -39,11 +39,11 @@ def groups_backward(
     if plain and grad.dtype == torch.float32 and operators.wanted(grad, compiling):
         geometry = list(args.stride), list(args.padding), list(args.dilation)
         grads = _operator(grad, input, weight, index, *geometry, list(mask))
-        return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))  # type: ignore[return-value]
+        return asked_for(grads, mask)
     if plain and not compiling and native.serves(grad, input, weight):
         found = native.depthwise(grad, input, weight, index, args, mask[0])
         if found is not None:
-            return tuple(g if wanted else None for g, wanted in zip(found, mask, strict=True))  # type: ignore[return-value]
+            return asked_for(found, mask)
     return _gathered(grad, input, weight, index, args, mask, compiling)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native, operators
 from .convolutions import ConvArgs, conv_backward_flops
-from .dense import Gradients
+from .dense import Gradients, asked_for
 from .gather import between_zeros, channels_last, spread, take
 from .products import product_of_columns
 
@@ -78,11 +78,9 @@ def pointwise_backward(
     fits = isinstance(size, int) and size <= _MOST and grad.dtype == torch.float32 and all(s == 1 for s in args.stride)
     if fits and channels_last(input) and channels_last(grad):
         if operators.wanted(grad, compiling):
-            grads = _operator(grad, input, weight, index, list(mask))
-            return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))  # type: ignore[return-value]
+            return asked_for(_operator(grad, input, weight, index, list(mask)), mask)
         if not compiling and native.serves(grad, input, weight):
-            found = native.pointwise(grad, input, weight, index, mask)
-            return tuple(g if wanted else None for g, wanted in zip(found, mask, strict=True))  # type: ignore[return-value]
+            return asked_for(native.pointwise(grad, input, weight, index, mask), mask)
     return _products(grad, input, weight, index, args, mask, compiling)
 
 

@@ -54,7 +54,7 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
 def compiled_importance(grad: Tensor, output: Tensor | None, criterion: str, apart: bool = False) -> Tensor:
     """:func:`importance` as a fusing compiler runs it best: generated code; on the CPU for little data an operator.
 
-    What a loop in C sums (:mod:`ssprop_fx.native`) is an operator whatever its size: no slower, and nothing to compile. The
+    What a loop in C sums (:mod:`ssprop_fx.native`) is an operator whatever its size: there is nothing to compile. The
     compiler has random numbers of its own: ``random`` is left to it.
 
     Args:
