@@ -17,6 +17,7 @@ from .convolutions import ConvArgs
 from .dense import Gradients, dense_backward
 from .depthwise import groups_backward
 from .gather import spread, take
+from .loops import loop_backward
 from .masking import is_masked, masked
 from .pointwise import is_pointwise, pointwise_backward
 from .selection import choices, compiled_importance, importance, kept_channels
@@ -75,19 +76,37 @@ def sparse_backward(
     with torch.no_grad():
         score = compiled_importance(grad, output, criterion, apart) if compiling else importance(grad, output, criterion)
         index = kept_channels(score, 1 if whole_groups else groups, keep, compiling)
-    if whole_groups or is_pointwise(input, weight, args):
-        some = groups_backward if whole_groups else pointwise_backward
-        grads = some(grad, input, weight, index, args, mask, compiling)
-        return input_grad if dense_input else _laid_out(grads[0], input, weight, args, compiling), *grads[1:]
+    grads = kept_backward(grad, input, weight, index, args, mask, compiling)
+    return input_grad if dense_input else _laid_out(grads[0], input, weight, args, compiling), *grads[1:]
+
+
+def kept_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool = False
+) -> Gradients:
+    """Gradients of a convolution from some of its output channels, in whichever way is quickest.
+
+    Args:
+        grad, input, weight, args, mask, compiling: as in :func:`sparse_backward`.
+        index: (k,), the output channels, ascending: as many of every group, or whole groups of one channel each.
+
+    Returns:
+        The gradients of input, weight and bias, None where not asked for.
+    """
+    grads = loop_backward(grad, input, weight, index, args, mask, compiling)
+    if grads is not None:
+        return grads
+    if grad.shape[1] == args.groups:
+        return groups_backward(grad, input, weight, index, args, mask, compiling)
+    if is_pointwise(input, weight, args):
+        return pointwise_backward(grad, input, weight, index, args, mask, compiling)
     kept_grad, kept_weight = take(grad, 1, index, compiling), _take_weight(weight, index, args, compiling)
     gi, gw, _ = dense_backward(kept_grad, input, kept_weight, args, (mask[0], mask[1], False))
-    input_grad = input_grad if dense_input else _laid_out(gi, input, weight, args, compiling)
-    weight_grad = _spread_weight(gw, weight, index, args, compiling) if gw is not None else None
-    bias_grad = None
+    gw = _spread_weight(gw, weight, index, args, compiling) if gw is not None else None
+    gb = None
     if mask[2]:
         total = kept_grad.sum([d for d in range(grad.dim()) if d != 1])
-        bias_grad = spread(total, 0, index, grad.new_empty(channels), compiling)
-    return input_grad, weight_grad, bias_grad
+        gb = spread(total, 0, index, grad.new_empty(grad.shape[1]), compiling)
+    return gi, gw, gb
 
 
 def _laid_out(input_grad: Tensor | None, input: Tensor, weight: Tensor, args: ConvArgs, compiling: bool) -> Tensor | None:

@@ -11,16 +11,18 @@ import importlib.machinery
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._compat import dispatch_modes, forward_ad_active, functorch_active
 from .convolutions import ConvArgs
+from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the functions' arguments, as in kernels.c
+_VERSION = 2  # of the functions' arguments, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 
@@ -29,8 +31,9 @@ _ARGUMENTS = {
     "ssprop_abs_sum": [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT],
     "ssprop_kept_channels": [_POINTER, _LONG, _LONG, _LONG, _POINTER],
     "ssprop_take_last": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
-    "ssprop_pointwise": [*[_POINTER] * 4, *[_LONG] * 4, *[_POINTER] * 3, _INT],
-    "ssprop_depthwise": [*[_POINTER] * 4, *[_LONG] * 3, *[_POINTER] * 4, _INT],
+    "ssprop_products": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
+    "ssprop_stem": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
+    "ssprop_direct": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
 }
 
 
@@ -112,67 +115,77 @@ def take_last(rows: Tensor, index: Tensor) -> Tensor:
     return taken
 
 
-def depthwise(
-    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, wants_input: bool
-) -> tuple[Tensor | None, Tensor, Tensor] | None:
-    """Gradients of a depthwise convolution of one input and one output channel a group, from some of its channels.
+def direct(
+    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
+) -> Gradients | None:
+    """Gradients of a convolution from some of its output channels, each pair of an output and an input channel by itself.
 
     Args:
-        grad: (N, C, *out).
+        grad: (N, K, *out).
         input: (N, C, *in).
-        weight: (C, 1, *kernel).
-        index: (k,), the channels.
+        weight: (K, C/g, *kernel).
+        index: (k,), the output channels.
         args: geometry of the convolution, not transposed, of one to three dimensions.
-        wants_input: whether the input's gradient is computed.
+        mask: which of the gradients of input, weight and bias to compute.
 
     Returns:
-        The gradients of input, weight and bias, or None for data that is not dense.
+        The gradients of input, weight and bias, None where not asked for; or None for data that is not dense.
     """
     layouts = steps(grad), steps(input)
-    if None in layouts:
+    return None if None in layouts else _gradients("ssprop_direct", grad, input, weight, index, args, mask, layouts)
+
+
+def stem(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients | None:
+    """The same of weight and bias only, for an ungrouped convolution of few input channels."""
+    layouts = steps(grad), steps(input)
+    return None if None in layouts else _gradients("ssprop_stem", grad, input, weight, index, args, mask, layouts)
+
+
+def products(
+    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
+) -> Gradients | None:
+    """The same as products of matrices: for 1×1 convolutions without padding, and for others of few kept channels.
+
+    ``index`` has as many channels of every group, ascending. None, too, for data in two layouts.
+    """
+    if _last(grad) and _last(input):
+        layouts = (grad.shape[1], 1), (input.shape[1], 1)
+    elif grad.is_contiguous() and input.is_contiguous():
+        layouts = (1, _positions(grad)), (1, _positions(input))
+    else:
         return None
+    return _gradients("ssprop_products", grad, input, weight, index, args, mask, layouts)
+
+
+def _gradients(
+    name: str, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], layouts: Any
+) -> Gradients:
     geometry = [
         *(_three(sizes) for sizes in (input.shape[2:], grad.shape[2:], weight.shape[2:], args.stride)),
         _three(args.padding, 0),
         _three(args.dilation),
         *layouts,
     ]
-    numbers = [n for part in geometry for n in part]  # type: ignore[union-attr]
+    numbers = [n for part in geometry for n in part]
     index, kernels = index.contiguous(), weight.contiguous()
-    input_grad = torch.empty_like(input) if wants_input else None
-    weight_grad, bias_grad = torch.zeros_like(kernels), grad.new_zeros(grad.shape[1])
-    _run(
-        "ssprop_depthwise", grad,
-        grad.data_ptr(), input.data_ptr(), kernels.data_ptr(), index.data_ptr(), index.shape[0], grad.shape[0], grad.shape[1],
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        0 if input_grad is None else input_grad.data_ptr(), weight_grad.data_ptr(), bias_grad.data_ptr(),
-    )  # fmt: skip
-    return input_grad, weight_grad, bias_grad
-
-
-def pointwise(
-    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients of an unstrided 1×1 convolution from some of its output channels.
-
-    Args:
-        grad: (N, K, *positions), channels last.
-        input: (N, C, *positions), channels last.
-        weight: (K, C, *ones).
-        index: (k,), the output channels.
-        mask: whether the gradients of input and weight are computed; that of the bias is.
-    """
-    index, matrix = index.contiguous(), weight.contiguous()
     input_grad = torch.empty_like(input) if mask[0] else None
-    weight_grad = torch.zeros_like(matrix) if mask[1] else None
-    bias_grad = grad.new_zeros(grad.shape[1])
-    channels, inputs = grad.shape[1], input.shape[1]
+    weight_grad = torch.zeros_like(kernels) if mask[1] else None
+    bias_grad = grad.new_zeros(grad.shape[1]) if mask[2] else None
+    grads = input_grad, weight_grad, bias_grad
     _run(
-        "ssprop_pointwise", input,
-        grad.data_ptr(), input.data_ptr(), matrix.data_ptr(), index.data_ptr(), index.shape[0], grad.numel() // channels,
-        channels, inputs, *(0 if t is None else t.data_ptr() for t in (input_grad, weight_grad)), bias_grad.data_ptr(),
+        name, max(grad, input, key=Tensor.numel),
+        grad.data_ptr(), input.data_ptr(), kernels.data_ptr(), index.data_ptr(),
+        index.shape[0], grad.shape[0], grad.shape[1], input.shape[1], args.groups,
+        (ctypes.c_int64 * len(numbers))(*numbers), *(None if g is None else g.data_ptr() for g in grads),
     )  # fmt: skip
+    if weight_grad is not None and weight_grad.stride() != weight.stride():
+        weight_grad = torch.empty_like(weight).copy_(weight_grad)
     return input_grad, weight_grad, bias_grad
+
+
+def _last(tensor: Tensor) -> bool:
+    """Whether channels are innermost in dense memory: also where there is one position, in either format."""
+    return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
 
 
 def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:

@@ -21,10 +21,9 @@ from .allocation import allocation_for, live_allocation, observers
 from .backward import dense_backward, sparse_backward
 from .convolutions import ConvArgs, conv_backward_flops, output_channels, run
 from .cost import Call
-from .depthwise import depthwise_flops
 from .errors import SSPropError
+from .loops import kept_backward_flops
 from .masking import is_masked
-from .pointwise import pointwise_flops
 from .products import product_flops
 from .selection import AUTO, Demand, choices, fast_granule, keep_count, plan_counts
 
@@ -183,8 +182,7 @@ def register_flop_formulas() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.ssprop.product)(product_flops)
-    register_flop_formula(torch.ops.ssprop.depthwise)(depthwise_flops)
-    register_flop_formula(torch.ops.ssprop.pointwise)(pointwise_flops)
+    register_flop_formula(torch.ops.ssprop.kept_backward)(kept_backward_flops)
     register_flop_formula(torch.ops.ssprop.conv)(_conv_flops)
     register_flop_formula(torch.ops.ssprop.conv_backward, get_raw=True)(_conv_backward_flops)
 

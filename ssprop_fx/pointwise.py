@@ -1,8 +1,6 @@
 """The sparse backward pass of 1×1 convolutions over channels-last data: products of matrices over (N · positions, channels).
 
-The library's convolution takes up to twice as long for the few channels that are kept: it reorders its operands first. On
-the CPU a loop of our own (:mod:`ssprop_fx.native`) makes both products while it reads the kept channels where they lie, and
-the input once; for compiled graphs it is an operator, ``ssprop::pointwise``.
+The library's convolution takes up to twice as long for the few channels that are kept: it reorders its operands first.
 """
 
 from __future__ import annotations
@@ -12,14 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native, operators
-from .convolutions import ConvArgs, conv_backward_flops
-from .dense import Gradients, asked_for
+from .convolutions import ConvArgs
+from .dense import Gradients
 from .gather import between_zeros, channels_last, spread, take
 from .products import product_of_columns
-
-# Kept channels times the input's: the weight's gradient of each thread stays in the cache. Above it two products are quicker.
-_MOST = 64 * 1024
 
 
 def is_pointwise(input: Tensor, weight: Tensor, args: ConvArgs) -> bool:
@@ -74,19 +68,6 @@ def pointwise_backward(
     Returns:
         The gradients of input, weight and bias, None where not asked for.
     """
-    size = index.shape[0] * weight.shape[1]  # one that is a symbol must not be asked, or is that of one size
-    fits = isinstance(size, int) and size <= _MOST and grad.dtype == torch.float32 and all(s == 1 for s in args.stride)
-    if fits and channels_last(input) and channels_last(grad):
-        if operators.wanted(grad, compiling):
-            return asked_for(_operator(grad, input, weight, index, list(mask)), mask)
-        if not compiling and native.serves(grad, input, weight):
-            return asked_for(native.pointwise(grad, input, weight, index, mask), mask)
-    return _products(grad, input, weight, index, args, mask, compiling)
-
-
-def _products(
-    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool
-) -> Gradients:
     last = (0, *range(2, grad.dim()), 1)
     first = (0, grad.dim() - 1, *range(1, grad.dim() - 1))
     kept = take(grad, 1, index, compiling)
@@ -102,25 +83,3 @@ def _products(
     if mask[2]:
         gb = spread(kept.sum([d for d in range(grad.dim()) if d != 1]), 0, index, grad.new_empty(grad.shape[1]), compiling)
     return gi, gw, gb
-
-
-def _pointwise(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
-    ones, zeros = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
-    grads = pointwise_backward(grad, input, weight, index, ConvArgs(ones, zeros, ones, False, zeros, 1), mask)
-    return operators.laid_out(grads, _fake(grad, input, weight, index, mask))
-
-
-def _fake(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
-    return operators.shaped((input, weight, grad.new_empty((grad.shape[1],))), mask)
-
-
-def pointwise_flops(grad, input, weight, index, mask=(True, True), *_, **__) -> int:
-    """FLOPs of ``ssprop::pointwise``, for ``torch.utils.flop_counter``."""
-    return conv_backward_flops(grad, weight, outputs=mask[0] + mask[1]) * index[0] // grad[1]
-
-
-_operator = operators.define(
-    "pointwise(Tensor grad, Tensor input, Tensor weight, Tensor index, bool[] mask) -> (Tensor, Tensor, Tensor)",
-    _pointwise,
-    _fake,
-)

@@ -356,4 +356,5 @@ def test_compiled_autograd_of_one_convolution_right_behind_another():
     with torch._dynamo.config.patch(compiled_autograd=True):
         torch.compile(lambda: forward(x).square().sum().backward(), backend="aot_eager")()
     for p, wanted in zip(model.parameters(), expected, strict=True):
-        assert torch.equal(p.grad, wanted)
+        assert torch.equal(p.grad == 0, wanted == 0)
+        torch.testing.assert_close(p.grad, wanted)  # there in PyTorch's operations

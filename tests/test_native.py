@@ -33,10 +33,33 @@ def oracle(grad, x, weight, index, args):
     return dense_backward(masked, x.double(), weight.double(), args, ALL)
 
 
-def assert_near(got, expected):
-    for mine, exact in zip(got, expected, strict=True):
-        scale = exact.abs().max().item() or 1.0
-        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=2e-5 * scale)
+def check(loop, grad, x, weight, index, args, masks=(ALL,)):
+    """A loop against the oracle: errors of single precision, relative to the sum of the absolute values of what is summed."""
+    exact = oracle(grad, x, weight, index, args)
+    size = oracle(grad.abs(), x.abs(), weight.abs(), index, args)
+    for mask in masks:
+        got = loop(grad, x, weight, index, args, mask)
+        assert [g is not None for g in got] == list(mask)
+        for mine, double, most, like in zip(got, exact, size, (x, weight, torch.empty(grad.shape[1])), strict=True):
+            if mine is not None:
+                assert mine.stride() == like.stride()
+                assert ((mine.double() - double).abs() <= 2e-6 * most).all()
+
+
+def tensors(arrangement, samples, inputs, outputs, kernel, sizes, args):
+    """Gradient, input and weight, in one of the layouts."""
+    x = torch.randn(samples, inputs, *sizes)
+    weight = torch.randn(outputs, inputs // args.groups, *kernel)
+    grad = torch.randn_like(run(x, weight, None, args))
+    if arrangement == "last":
+        return last(grad), last(x), last(weight)
+    return grad.contiguous(), x if arrangement == "first" else last(x), weight
+
+
+def some(outputs, groups, keep):
+    """``keep`` channels of every group, ascending."""
+    size = outputs // groups
+    return torch.cat([torch.randperm(size)[:keep].sort().values + group * size for group in range(groups)])
 
 
 @pytest.mark.parametrize(
@@ -71,27 +94,38 @@ def test_columns_are_taken(channels, kept):
 GEOMETRIES = list(itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 4), (1, 2), (1, 3, 4)))
 
 
-@pytest.mark.parametrize(("samples", "channels", "kept"), [(1, 37, 21), (4, 37, 5), (7, 64, 32)])
-@pytest.mark.parametrize("layout", ["contiguous", "last", "mixed"])
-def test_depthwise_gradients(samples, channels, kept, layout):
-    torch.manual_seed(0)
-    tried = 0
+def convolutions(inputs, groups):
+    """Geometries; in turn of few samples, fewer than threads perhaps, and of more."""
+    number = itertools.count()
     for dim, stride, padding, dilation, kernel in GEOMETRIES:
-        x, weight = torch.randn(samples, channels, *(7, 9, 11)[:dim]), torch.randn(channels, 1, *[kernel] * dim)
-        if 7 + 2 * padding < dilation * (kernel - 1) + 1:
-            continue
-        args = ConvArgs([stride] * dim, [padding] * dim, [dilation] * dim, False, [0] * dim, channels)
-        grad = torch.randn_like(run(x, weight, None, args))
-        grad, x = last(grad) if layout == "last" else grad, x if layout == "contiguous" else last(x)
+        if 7 + 2 * padding >= dilation * (kernel - 1) + 1:
+            args = ConvArgs([stride] * dim, [padding] * dim, [dilation] * dim, False, [0] * dim, groups)
+            yield args, [kernel] * dim, (7, 9, 11)[:dim], (1, 4, 3)[next(number) % 3]
+
+
+WITHOUT_INPUT = [(False, True, True), (False, True, False), (False, False, True)]
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(37, 21), (37, 5), (64, 32)])
+@pytest.mark.parametrize("arrangement", ["first", "last", "mixed"])
+def test_depthwise_gradients(channels, kept, arrangement):
+    torch.manual_seed(0)
+    for args, kernel, sizes, samples in convolutions(channels, channels):
+        given = tensors(arrangement, samples, channels, channels, kernel, sizes, args)
         index = torch.randperm(channels)[:kept].sort().values
-        got = native.depthwise(grad, x, weight, index, args, True)
-        assert got[0].stride() == x.stride()
-        assert_near(got, oracle(grad, x, weight, index, args))
-        without = native.depthwise(grad, x, weight, index, args, False)
-        assert without[0] is None
-        assert torch.equal(without[1], got[1])
-        tried += 1
-    assert tried > 80
+        check(native.direct, *given, index, args, [ALL, (False, True, False)])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "keep"),
+    [(8, 16, 4, 2), (4, 8, 4, 1), (3, 20, 1, 7), (20, 3, 1, 2), (16, 16, 1, 16), (32, 16, 16, 1)],
+)
+@pytest.mark.parametrize("arrangement", ["first", "last", "mixed"])
+def test_gradients_pair_by_pair(inputs, outputs, groups, keep, arrangement):
+    torch.manual_seed(0)
+    for args, kernel, sizes, samples in convolutions(inputs, groups):
+        given = tensors(arrangement, samples, inputs, outputs, kernel, sizes, args)
+        check(native.direct, *given, some(outputs, groups, keep), args, [ALL, (False, True, False)])
 
 
 def test_depthwise_gradients_of_long_rows_go_in_strips():
@@ -102,38 +136,95 @@ def test_depthwise_gradients_of_long_rows_go_in_strips():
         ((90, 40), (5, 3), (2, 1), (1, 2)),
         ((60, 70), (1, 1), (3, 2), (0, 0)),
     ]:
-        x, weight = last(torch.randn(3, 24, *size)), torch.randn(24, 1, *kernel)
         args = ConvArgs(stride, padding, (1, 1), False, (0, 0), 24)
-        grad = last(torch.randn_like(run(x, weight, None, args)))
-        index = torch.arange(0, 24, 3)
-        assert_near(native.depthwise(grad, x, weight, index, args, True), oracle(grad, x, weight, index, args))
+        check(native.direct, *tensors("last", 3, 24, 24, kernel, size, args), torch.arange(0, 24, 3), args)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kept"), [(3, 20, 17), (1, 40, 16), (4, 5, 2)])
+@pytest.mark.parametrize("arrangement", ["first", "last", "mixed"])
+def test_gradients_of_a_first_layer(inputs, outputs, kept, arrangement):
+    torch.manual_seed(0)
+    for args, kernel, sizes, samples in convolutions(inputs, 1):
+        given = tensors(arrangement, samples, inputs, outputs, kernel, sizes, args)
+        check(native.stem, *given, some(outputs, 1, kept), args, WITHOUT_INPUT)
+
+
+SOME = [ALL, (True, False, False), (False, True, False)]
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "kept"), [(1, 4, 1), (3, 8, 3), (16, 40, 16), (37, 40, 5), (64, 30, 29), (150, 20, 8)]
+    ("inputs", "outputs", "groups", "keep"),
+    [
+        (1, 4, 1, 1),
+        (3, 8, 1, 3),
+        (16, 40, 1, 16),
+        (37, 40, 1, 5),
+        (64, 30, 1, 29),
+        (1100, 20, 1, 8),
+        (36, 10, 2, 3),
+        (64, 70, 1, 64),
+    ],
 )
-@pytest.mark.parametrize("positions", [(5,), (9, 7), (31, 33), (2, 3, 4)])
-def test_pointwise_gradients(inputs, outputs, kept, positions):
+@pytest.mark.parametrize("sizes", [(1,), (5,), (9, 7), (31, 33), (2, 3, 4)])
+@pytest.mark.parametrize("arrangement", ["first", "last"])
+def test_pointwise_gradients(inputs, outputs, groups, keep, sizes, arrangement):
     torch.manual_seed(0)
-    dim = len(positions)
-    x, weight = last(torch.randn(3, inputs, *positions)), torch.randn(outputs, inputs, *[1] * dim)
-    grad, index = last(torch.randn(3, outputs, *positions)), torch.randperm(outputs)[:kept].sort().values
-    args = ConvArgs([1] * dim, [0] * dim, [1] * dim, False, [0] * dim, 1)
-    expected = oracle(grad, x, weight, index, args)
-    got = native.pointwise(grad, x, weight, index, ALL)
-    assert got[0].stride() == x.stride()
-    assert_near(got, expected)
-    for mask in ((True, False), (False, True)):
-        part = native.pointwise(grad, x, weight, index, mask)
-        assert [t is not None for t in part[:2]] == list(mask)
-        assert_near([t for t in part[:2] if t is not None], [e for e, m in zip(expected, mask, strict=False) if m])
+    dim = len(sizes)
+    for stride, samples in itertools.product(
+        {(1,) * dim, (2,) * dim, (1, 2, 3)[:dim], (3, 1, 2)[:dim]}, (1, 3, 40 if dim < 2 else 5)
+    ):
+        args = ConvArgs(stride, [0] * dim, [1] * dim, False, [0] * dim, groups)
+        given = tensors(arrangement, samples, inputs, outputs, [1] * dim, sizes, args)
+        check(native.products, *given, some(outputs, groups, keep), args, SOME)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups", "keep"), [(20, 3, 1, 1), (33, 7, 1, 3), (3, 5, 1, 2), (36, 6, 2, 1)])
+@pytest.mark.parametrize("arrangement", ["first", "last"])
+def test_gradients_of_few_kept_channels(inputs, outputs, groups, keep, arrangement):
+    torch.manual_seed(0)
+    for args, kernel, sizes, samples in convolutions(inputs, groups):
+        if len(kernel) > 0 and kernel[0] > 1:
+            given = tensors(arrangement, samples, inputs, outputs, kernel, sizes, args)
+            check(native.products, *given, some(outputs, groups, keep), args, SOME)
 
 
 MODULES = {
     "depthwise": nn.Conv2d(32, 32, 3, padding=1, groups=32),
     "pointwise": nn.Conv2d(8, 40, 1),
+    "pointwise, strided": nn.Conv2d(8, 40, 1, 2),
     "3x3": nn.Conv2d(8, 40, 3),
+    "few kept": nn.Conv2d(64, 9, 3, padding=1),
+    "grouped": nn.Conv2d(32, 48, 3, padding=1, groups=4),
 }
+
+
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, last])
+def test_which_loop_runs(arrange, monkeypatch):
+    """By form: depthwise, 1×1, first layers, few kept channels; others are the library's."""
+    called = []
+    for name in ("direct", "stem", "products"):
+        loop = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *given, name=name, loop=loop: (called.append(name), loop(*given))[1])
+
+    def loops(module, *size, keep, first=False):
+        called.clear()
+        x = arrange(torch.randn(2, module.in_channels, *size))
+        args = ConvArgs(module.stride, module.padding, module.dilation, False, (0,) * len(size), module.groups)
+        weight = arrange(module.weight.detach())
+        grad = arrange(torch.randn_like(run(x, weight, None, args)))
+        with torch.no_grad():
+            sparse_backward(grad, x, weight, None, args, (not first, True, True), keep, "l1")
+        return called
+
+    assert loops(nn.Conv2d(16, 16, 3, groups=16), 9, 9, keep=4) == ["direct"]
+    assert loops(nn.Conv2d(16, 32, 3, groups=16), 9, 9, keep=1) == ["direct"]
+    assert loops(nn.Conv2d(16, 16, 1), 9, 9, keep=4) == ["products"]
+    assert loops(nn.Conv2d(16, 16, 1, stride=2), 9, 9, keep=4) == ["products"]
+    assert loops(nn.Conv2d(3, 16, 7, stride=2), 19, 19, keep=8, first=True) == ["stem"]
+    assert loops(nn.Conv2d(64, 3, 3), 9, 9, keep=1) == ["products"]
+    assert loops(nn.Conv3d(16, 32, 3), 5, 5, 5, keep=8) == ["products"]
+    for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 3, 3, stride=2), 1), (nn.Conv2d(16, 16, 1, padding=1), 4)]:
+        assert loops(module, 9, 9, keep=keep) == []
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

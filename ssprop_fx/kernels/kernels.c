@@ -21,16 +21,58 @@ typedef struct {
     int64_t grad_position, grad_channel, input_position, input_channel;
 } Geometry;
 
-/* A depthwise convolution: grad (samples, channels, out) and input (samples, channels, in) in one of two layouts each; weight
-   (channels, kernel), contiguous; the kept channels. input_grad, laid out as the input, may be null; weight_grad (channels,
-   kernel) and bias_grad (channels) come as zeros. */
+/* A convolution: grad (samples, channels, out) and input (samples, inputs, in) in one of two layouts each; weight and its
+   gradient contiguous; the kept channels. input_grad, laid out as the input, weight_grad and bias_grad (channels) may be null;
+   the latter two come as zeros. */
 typedef struct {
     const float *grad, *input, *weight;
     const int64_t *index;
-    int64_t kept, samples, channels;
+    int64_t kept, samples, channels, inputs, groups;
     const Geometry *geometry;
     float *input_grad, *weight_grad, *bias_grad;
-} Depthwise;
+    int64_t taps, sample_grad, sample_input; /* of the kernel; elements of a sample */
+    int clears; /* input_grad is to become zeros where nothing is written */
+} Layer;
+
+/* An output channel and an input channel that it reads, and which of the weight's kernels stands between them. */
+typedef struct {
+    int64_t output, input, weight;
+} Pair;
+
+/* So many floats, in whole cache lines. */
+static size_t lines(int64_t floats) { return (size_t)(floats + 15) / 16 * 16; }
+
+/* Neighbouring positions of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where the
+   first of them stands: in grad and input, or in which sample and at which place of the input. */
+typedef struct {
+    int64_t start, count, grad, input, sample, place[3];
+} Run;
+
+/* Positions that are worked on together, with channels last and with channels first. */
+#define ROWS_LAST 128
+#define ROWS_FIRST 512
+
+/* The runs that make count positions, from the first of all samples on; one more ends the list. */
+static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
+{
+    const Geometry *geo = all->geometry;
+    const int64_t *in = geo->in, *out = geo->out, *s = geo->stride;
+    int64_t outputs = out[0] * out[1] * out[2], inputs = in[0] * in[1] * in[2], done = 0;
+    int one = all->taps == 1, strided = one && (s[0] > 1 || s[1] > 1 || s[2] > 1), last = geo->input_channel == 1;
+    int64_t positions = one ? outputs : inputs;
+    int64_t width = !one ? in[2] : strided ? out[2] : last ? all->samples * outputs : outputs;
+    while (done < count) {
+        int64_t sample = (first + done) / positions, p = (first + done) % positions, rest = width - (first + done) % width;
+        int64_t seen = strided ? (p / (out[1] * out[2]) * s[0] * in[1] + p / out[2] % out[1] * s[1]) * in[2] + p % out[2] * s[2] : p;
+        runs->start = done, runs->count = rest < count - done ? rest : count - done;
+        runs->grad = sample * all->sample_grad + p * geo->grad_position;
+        runs->input = sample * all->sample_input + seen * geo->input_position;
+        runs->sample = sample;
+        runs->place[0] = seen / (in[1] * in[2]), runs->place[1] = seen / in[2] % in[1], runs->place[2] = seen % in[2];
+        done += runs++->count;
+    }
+    runs->start = count;
+}
 
 #define JOIN(a, b) a##b
 #define NAME_(name, variant) JOIN(name, variant)
@@ -40,6 +82,8 @@ typedef struct {
 #define TARGET
 #define BYTES 32
 #include "loops.h"
+#include "products.h"
+#include "stem.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #undef VARIANT
@@ -47,6 +91,8 @@ typedef struct {
 #define VARIANT _avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "loops.h"
+#include "products.h"
+#include "stem.h"
 
 #undef VARIANT
 #undef TARGET
@@ -55,6 +101,8 @@ typedef struct {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BYTES 64
 #include "loops.h"
+#include "products.h"
+#include "stem.h"
 
 static int vectors(void) /* bytes of the widest that this processor has */
 {
@@ -70,7 +118,7 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #endif
 
 /* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 1; }
+int ssprop_version(void) { return 2; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
@@ -118,17 +166,57 @@ int ssprop_take_last(const float *values, int64_t rows, int64_t channels, const 
     return RUN(take_last, values, rows, channels, index, kept, taken, threads);
 }
 
-int ssprop_depthwise(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
-                     int64_t samples, int64_t channels, const Geometry *geometry, float *input_grad, float *weight_grad,
-                     float *bias_grad, int threads)
+static Layer layer(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
+                   int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
+                   float *input_grad, float *weight_grad, float *bias_grad)
 {
-    Depthwise all = {grad, input, weight, index, kept, samples, channels, geometry, input_grad, weight_grad, bias_grad};
-    return RUN(depthwise, &all, threads);
+    const int64_t *k = geometry->kernel, *out = geometry->out, *in = geometry->in;
+    Layer all = {grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad, 0, 0, 0, 1};
+    all.taps = k[0] * k[1] * k[2];
+    all.sample_grad = channels * out[0] * out[1] * out[2], all.sample_input = inputs * in[0] * in[1] * in[2];
+    return all;
 }
 
-int ssprop_pointwise(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
-                     int64_t rows, int64_t channels, int64_t inputs, float *input_grad, float *weight_grad, float *bias_grad,
-                     int threads)
+int ssprop_direct(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
+                  int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
+                  float *input_grad, float *weight_grad, float *bias_grad, int threads)
 {
-    return RUN(pointwise, grad, input, weight, index, kept, rows, channels, inputs, input_grad, weight_grad, bias_grad, threads);
+    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
+    int64_t per_group = inputs / groups;
+    Pair *pairs = malloc((size_t)(kept * per_group) * sizeof(Pair)), *pair = pairs;
+    if (!pairs) return 1;
+    /* pairs that are worked on side by side read different channels of whichever there are more */
+    int64_t outer = kept < per_group ? kept : per_group, inner = kept < per_group ? per_group : kept;
+    for (int64_t i = 0; i < outer; i++)
+        for (int64_t j = 0; j < inner; j++, pair++) {
+            int64_t output = index[kept < per_group ? i : j], c = kept < per_group ? j : i;
+            pair->output = output, pair->input = output / (channels / groups) * per_group + c;
+            pair->weight = output * per_group + c;
+        }
+    int failed = RUN(direct, &all, pairs, threads);
+    free(pairs);
+    return failed;
+}
+
+int ssprop_products(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
+                    int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
+                    float *input_grad, float *weight_grad, float *bias_grad, int threads)
+{
+    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
+    all.kept /= groups, all.inputs /= groups;
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t first = group * all.inputs * geometry->input_channel;
+        all.index = index + group * all.kept, all.clears = !group;
+        all.input = input + first, all.input_grad = input_grad ? input_grad + first : 0;
+        if (RUN(products, &all, threads)) return 1;
+    }
+    return 0;
+}
+
+int ssprop_stem(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept, int64_t samples,
+                int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry, float *input_grad,
+                float *weight_grad, float *bias_grad, int threads)
+{
+    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
+    return RUN(stem, &all, threads);
 }

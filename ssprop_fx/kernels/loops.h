@@ -106,11 +106,33 @@ TARGET static int NAME(take_last)(const float *restrict values, int64_t rows, in
     return 0;
 }
 
+/* How the offsets of LANES channels lie: all the same, one after another, or in any way. */
+enum { NAME(ANY), NAME(SAME), NAME(NEXT) };
+TARGET static inline int NAME(lie)(const int64_t *at, int lanes)
+{
+    int same = lanes == LANES, next = same;
+    for (int j = 1; j < lanes; j++) same = same && at[j] == at[0], next = next && at[j] == at[0] + j;
+    return next ? NAME(NEXT) : same ? NAME(SAME) : NAME(ANY);
+}
+
 /* Values of up to LANES channels side by side, from any layout: (positions, LANES). at holds each channel's offset. */
 TARGET static inline void NAME(pick)(const float *restrict from, int64_t positions, int64_t step, const int64_t *restrict at,
                                      int lanes, float *restrict to)
 {
-    if (lanes == LANES)
+    int how = NAME(lie)(at, lanes);
+    if (how == NAME(NEXT))
+        for (int64_t p = 0; p < positions; p++)
+            for (int j = 0; j < LANES; j++) to[p * LANES + j] = from[p * step + at[0] + j];
+    else if (how == NAME(SAME))
+        for (int64_t p = 0; p < positions; p++)
+            for (int j = 0; j < LANES; j++) to[p * LANES + j] = from[p * step + at[0]];
+    else if (step == 1) /* a cache line of each channel, or planes a power of two apart drive each other out of the cache */
+        for (int64_t first = 0; first < positions; first += 16) {
+            int64_t last = first + 16 < positions ? first + 16 : positions;
+            for (int j = 0; j < lanes; j++)
+                for (int64_t p = first; p < last; p++) to[p * LANES + j] = from[p + at[j]];
+        }
+    else if (lanes == LANES)
         for (int64_t p = 0; p < positions; p++)
             for (int j = 0; j < LANES; j++) to[p * LANES + j] = from[p * step + at[j]];
     else
@@ -122,9 +144,16 @@ TARGET static inline void NAME(pick)(const float *restrict from, int64_t positio
 TARGET static inline void NAME(put)(const float *restrict from, int64_t positions, int64_t step, const int64_t *restrict at,
                                     int lanes, float *restrict to)
 {
-    if (lanes == LANES)
+    int how = NAME(lie)(at, lanes);
+    if (how == NAME(NEXT))
         for (int64_t p = 0; p < positions; p++)
-            for (int j = 0; j < LANES; j++) to[p * step + at[j]] += from[p * LANES + j];
+            for (int j = 0; j < LANES; j++) to[p * step + at[0] + j] += from[p * LANES + j];
+    else if (step == 1)
+        for (int64_t first = 0; first < positions; first += 16) {
+            int64_t last = first + 16 < positions ? first + 16 : positions;
+            for (int j = 0; j < lanes; j++)
+                for (int64_t p = first; p < last; p++) to[p + at[j]] += from[p * LANES + j];
+        }
     else
         for (int64_t p = 0; p < positions; p++)
             for (int j = 0; j < lanes; j++) to[p * step + at[j]] += from[p * LANES + j];
@@ -158,10 +187,10 @@ TARGET static inline void NAME(clear)(float *sample, int64_t channels, const Geo
             memset(sample + c * plane + first * width, 0, (size_t)((last - first) * width) * sizeof(float));
 }
 
-/* What rows top to bottom of the outputs of one sample, in plane oz, add for LANES of the kept channels. memory has room for
-   these rows of grad, for those of the input that they see, twice, and for the weight; dw and db are sums. */
-TARGET static void NAME(depthwise_rows)(const Depthwise *all, int64_t sample, int64_t block, int64_t oz, int64_t top,
-                                        int64_t bottom, float *memory, float *dw, float *db)
+/* What rows top to bottom of the outputs of one sample, in plane oz, add for up to LANES pairs. memory has room for these rows
+   of grad, for those of the input that they see, twice, and for the weight; dw and db are sums. */
+TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pair *pairs, int lanes, int64_t oz, int64_t top,
+                                     int64_t bottom, float *memory, float *dw, float *db)
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel, *s = geo->stride, *p = geo->padding, *d = geo->dilation;
@@ -172,14 +201,13 @@ TARGET static void NAME(depthwise_rows)(const Depthwise *all, int64_t sample, in
     int64_t size = first < last ? (last - first) * in[2] : 0;
     float *w = memory, *g = w + taps * LANES, *x = g + count * LANES, *dx = x + size * LANES;
 
-    int lanes = (int)(all->kept - block * LANES < LANES ? all->kept - block * LANES : LANES);
     int64_t at_grad[LANES] = {0}, at_input[LANES] = {0}, at_weight[LANES] = {0};
     for (int j = 0; j < lanes; j++) {
-        at_grad[j] = all->index[block * LANES + j] * geo->grad_channel;
-        at_input[j] = all->index[block * LANES + j] * geo->input_channel;
-        at_weight[j] = all->index[block * LANES + j] * taps;
+        at_grad[j] = pairs[j].output * geo->grad_channel;
+        at_input[j] = pairs[j].input * geo->input_channel;
+        at_weight[j] = pairs[j].weight * taps;
     }
-    /* lanes beyond the last channel are computed with, too, and not read: zeros are quick */
+    /* lanes beyond the last pair are computed with, too, and not read: zeros are quick */
     if (lanes < LANES) memset(memory, 0, (size_t)((taps + count + 2 * size) * LANES) * sizeof(float));
     NAME(pick)(all->weight, taps, 1, at_weight, lanes, w);
     NAME(pick)(all->grad + sample * all->channels * out[0] * out[1] * out[2] + (oz * out[1] + top) * out[2] * geo->grad_position,
@@ -191,7 +219,7 @@ TARGET static void NAME(depthwise_rows)(const Depthwise *all, int64_t sample, in
     for (int64_t a = 0; a < k[0] && size; a++) {
         int64_t iz = oz * s[0] - p[0] + a * d[0];
         if (iz < 0 || iz >= in[0]) continue;
-        int64_t offset = sample * all->channels * in[0] * in[1] * in[2] + (iz * in[1] + first) * in[2] * geo->input_position;
+        int64_t offset = sample * all->inputs * in[0] * in[1] * in[2] + (iz * in[1] + first) * in[2] * geo->input_position;
         NAME(pick)(all->input + offset, size, geo->input_position, at_input, lanes, x);
         if (all->input_grad) memset(dx, 0, (size_t)(size * LANES) * sizeof(float));
         for (int64_t oy = top; oy < bottom; oy++)
@@ -215,18 +243,18 @@ TARGET static void NAME(depthwise_rows)(const Depthwise *all, int64_t sample, in
     }
 }
 
-/* All rows of outputs of one sample for some blocks of LANES kept channels, in strips whose data stays in the cache. clears:
-   no other task writes to the sample's input gradient, and its rows become zeros just before they are added to. */
-TARGET static void NAME(depthwise_sample)(const Depthwise *all, int64_t sample, int64_t first_block, int64_t last_block,
-                                          int64_t strip, int clears, float *memory, float *sums)
+/* All rows of outputs of one sample for some pairs, in strips whose data stays in the cache. clears: no other task writes to
+   the sample's input gradient, and its rows become zeros just before they are added to. */
+TARGET static void NAME(direct_sample)(const Layer *all, int64_t sample, const Pair *pairs, int64_t count, int64_t strip,
+                                       int clears, float *memory, float *sums)
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
     int64_t taps = k[0] * k[1] * k[2], cleared = 0;
-    float *own = all->input_grad ? all->input_grad + sample * all->channels * in[0] * in[1] * in[2] : 0;
+    float *own = all->input_grad ? all->input_grad + sample * all->inputs * in[0] * in[1] * in[2] : 0;
     clears = clears && own;
     if (clears && in[0] > 1) { /* planes are seen from several others */
-        NAME(clear)(own, all->channels, geo, 0, in[0] * in[1]);
+        NAME(clear)(own, all->inputs, geo, 0, in[0] * in[1]);
         clears = 0;
     }
     for (int64_t oz = 0; oz < out[0]; oz++)
@@ -235,22 +263,24 @@ TARGET static void NAME(depthwise_sample)(const Depthwise *all, int64_t sample, 
             int64_t last = bottom == out[1] ? in[1] : (bottom - 1) * geo->stride[1] - geo->padding[1] + (k[1] - 1) * geo->dilation[1] + 1;
             last = last > in[1] ? in[1] : last;
             if (clears && last > cleared) {
-                NAME(clear)(own, all->channels, geo, cleared, last);
+                NAME(clear)(own, all->inputs, geo, cleared, last);
                 cleared = last;
             }
-            for (int64_t block = first_block; block < last_block; block++) {
-                float *dw = sums + block * (taps + 1) * LANES;
-                NAME(depthwise_rows)(all, sample, block, oz, top, bottom, memory, dw, dw + taps * LANES);
+            for (int64_t first = 0; first < count; first += LANES) {
+                float *dw = sums + first * (taps + 1);
+                int lanes = (int)(count - first < LANES ? count - first : LANES);
+                NAME(direct_rows)(all, sample, pairs + first, lanes, oz, top, bottom, memory, dw, dw + taps * LANES);
             }
         }
 }
 
-/* Gradients of a depthwise convolution from its kept channels; see Depthwise for the arguments. */
-TARGET static int NAME(depthwise)(const Depthwise *all, int threads)
+/* Gradients of a convolution from its kept channels, pair by pair; see Layer for the arguments. */
+TARGET static int NAME(direct)(const Layer *all, const Pair *pairs, int threads)
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
-    int64_t taps = k[0] * k[1] * k[2], blocks = (all->kept + LANES - 1) / LANES, reach = (k[1] - 1) * geo->dilation[1] + 1;
+    int64_t per_group = all->inputs / all->groups, count = all->kept * per_group, blocks = (count + LANES - 1) / LANES;
+    int64_t taps = k[0] * k[1] * k[2], reach = (k[1] - 1) * geo->dilation[1] + 1;
     /* as many rows of outputs as have their part of grad, input and input_grad in 128 KiB, one at least */
     int64_t strip = (128 * 1024 / (int64_t)(sizeof(float) * LANES) - 2 * reach * in[2]) / (2 * geo->stride[1] * in[2] + out[2]);
     strip = strip < 1 ? 1 : strip > out[1] ? out[1] : strip;
@@ -260,142 +290,32 @@ TARGET static int NAME(depthwise)(const Depthwise *all, int threads)
     float *memory = malloc((size_t)threads * floats * sizeof(float));
     if (!memory) return 1;
     for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
-    /* a task is a sample; where there are too few of them, one of its blocks */
-    int64_t parts = all->samples < 2 * threads && all->samples % threads ? blocks : 1;
+    /* a task is a sample; where there are too few of them, LANES pairs of it, if no two write to the same place */
+    int apart = !all->input_grad || (per_group == 1 && all->channels == all->inputs);
+    int64_t parts = apart && all->samples < 2 * threads && all->samples % threads ? blocks : 1;
 #pragma omp parallel num_threads(threads)
     {
         float *own = memory + (size_t)omp_get_thread_num() * floats;
         if (all->input_grad && parts > 1) {
 #pragma omp for schedule(static)
-            for (int64_t plane = 0; plane < all->samples * all->channels; plane++)
+            for (int64_t plane = 0; plane < all->samples * all->inputs; plane++)
                 memset(all->input_grad + plane * in[0] * in[1] * in[2], 0, (size_t)(in[0] * in[1] * in[2]) * sizeof(float));
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < all->samples * parts; task++) {
-            int64_t part = task % parts;
-            NAME(depthwise_sample)(all, task / parts, parts > 1 ? part : 0, parts > 1 ? part + 1 : blocks, strip, parts == 1,
-                                   own + sums, own);
+            int64_t first = parts > 1 ? task % parts * LANES : 0;
+            int64_t some = parts > 1 && count - first > LANES ? LANES : count - first;
+            NAME(direct_sample)(all, task / parts, pairs + first, some, strip, parts == 1, own + sums, own + first * (taps + 1));
         }
     }
-    for (int64_t j = 0; j < all->kept; j++)
+    for (int64_t j = 0; j < count; j++)
         for (int64_t tap = 0; tap <= taps; tap++) {
             double sum = 0;
             for (int thread = 0; thread < threads; thread++)
                 sum += memory[(size_t)thread * floats + (size_t)((j / LANES * (taps + 1) + tap) * LANES + j % LANES)];
-            *(tap < taps ? all->weight_grad + all->index[j] * taps + tap : all->bias_grad + all->index[j]) = (float)sum;
+            if (tap < taps && all->weight_grad) all->weight_grad[pairs[j].weight * taps + tap] = (float)sum;
+            if (tap == taps && all->bias_grad) all->bias_grad[pairs[j].output] = (float)sum;
         }
     free(memory);
     return 0;
 }
-
-/* Positions of a pointwise convolution that are worked on together, while their kept gradients stay in the innermost cache. */
-#define ROWS 64
-
-/* From the kept channels of ROWS rows, (rows, kept): the input's gradient (rows, inputs), and what is added to the weight's,
-   (kept, inputs); weight is (kept, inputs). Channels of the input in steps of two vectors, then one by one. */
-TARGET static void NAME(pointwise_rows)(const float *restrict g, int64_t rows, int64_t kept, const float *restrict x,
-                                        int64_t inputs, const float *restrict weight, float *restrict dx, float *restrict dw)
-{
-    int64_t c = 0;
-    for (; c + LANES <= inputs; c += LANES) {
-        if (dx) {
-            int64_t r = 0;
-            for (; r + 4 <= rows; r += 4) {
-                NAME(Vector) sums[8] = {{0}};
-                const float *own = g + r * kept;
-                for (int64_t j = 0; j < kept; j++) {
-                    const NAME(Vector) *w = (const NAME(Vector) *)(weight + j * inputs + c);
-                    sums[0] += own[j] * w[0], sums[1] += own[j] * w[1];
-                    sums[2] += own[kept + j] * w[0], sums[3] += own[kept + j] * w[1];
-                    sums[4] += own[2 * kept + j] * w[0], sums[5] += own[2 * kept + j] * w[1];
-                    sums[6] += own[3 * kept + j] * w[0], sums[7] += own[3 * kept + j] * w[1];
-                }
-                for (int i = 0; i < 8; i++) ((NAME(Vector) *)(dx + (r + i / 2) * inputs + c))[i % 2] = sums[i];
-            }
-            for (; r < rows; r++) {
-                NAME(Vector) low = {0}, high = {0};
-                for (int64_t j = 0; j < kept; j++) {
-                    const NAME(Vector) *w = (const NAME(Vector) *)(weight + j * inputs + c);
-                    low += g[r * kept + j] * w[0], high += g[r * kept + j] * w[1];
-                }
-                NAME(Vector) *to = (NAME(Vector) *)(dx + r * inputs + c);
-                to[0] = low, to[1] = high;
-            }
-        }
-        if (dw) {
-            int64_t j = 0;
-            for (; j + 4 <= kept; j += 4) {
-                NAME(Vector) sums[8] = {{0}};
-                for (int64_t r = 0; r < rows; r++) {
-                    const NAME(Vector) *from = (const NAME(Vector) *)(x + r * inputs + c);
-                    const float *own = g + r * kept + j;
-                    sums[0] += own[0] * from[0], sums[1] += own[0] * from[1];
-                    sums[2] += own[1] * from[0], sums[3] += own[1] * from[1];
-                    sums[4] += own[2] * from[0], sums[5] += own[2] * from[1];
-                    sums[6] += own[3] * from[0], sums[7] += own[3] * from[1];
-                }
-                for (int i = 0; i < 8; i++) ((NAME(Vector) *)(dw + (j + i / 2) * inputs + c))[i % 2] += sums[i];
-            }
-            for (; j < kept; j++) {
-                NAME(Vector) low = {0}, high = {0};
-                for (int64_t r = 0; r < rows; r++) {
-                    const NAME(Vector) *from = (const NAME(Vector) *)(x + r * inputs + c);
-                    low += g[r * kept + j] * from[0], high += g[r * kept + j] * from[1];
-                }
-                NAME(Vector) *to = (NAME(Vector) *)(dw + j * inputs + c);
-                to[0] += low, to[1] += high;
-            }
-        }
-    }
-    for (; c < inputs; c++)
-        for (int64_t r = 0; r < rows; r++) {
-            float sum = 0;
-            for (int64_t j = 0; j < kept; j++) {
-                sum += g[r * kept + j] * weight[j * inputs + c];
-                if (dw) dw[j * inputs + c] += g[r * kept + j] * x[r * inputs + c];
-            }
-            if (dx) dx[r * inputs + c] = sum;
-        }
-}
-
-/* Gradients of a convolution of one position, unstrided, from its kept channels. grad (rows, channels), input and input_grad
-   (rows, inputs), weight and weight_grad (channels, inputs), bias_grad (channels). The last two come as zeros; input_grad and
-   weight_grad may be null. */
-TARGET static int NAME(pointwise)(const float *grad, const float *input, const float *weight, const int64_t *index,
-                                  int64_t kept, int64_t rows, int64_t channels, int64_t inputs, float *input_grad,
-                                  float *weight_grad, float *bias_grad, int threads)
-{
-    size_t sums = (size_t)(kept * (inputs + 1)), floats = sums + (size_t)(ROWS * kept);
-    float *memory = malloc(((size_t)threads * floats + (size_t)(kept * inputs)) * sizeof(float));
-    if (!memory) return 1;
-    for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
-    float *w = memory + (size_t)threads * floats;
-    for (int64_t j = 0; j < kept; j++) memcpy(w + j * inputs, weight + index[j] * inputs, (size_t)inputs * sizeof(float));
-#pragma omp parallel num_threads(threads)
-    {
-        float *dw = memory + (size_t)omp_get_thread_num() * floats, *db = dw + kept * inputs, *g = db + kept;
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < (rows + ROWS - 1) / ROWS; block++) {
-            int64_t first = block * ROWS, count = rows - first < ROWS ? rows - first : ROWS;
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t j = 0; j < kept; j++) {
-                    float value = grad[(first + r) * channels + index[j]];
-                    g[r * kept + j] = value, db[j] += value;
-                }
-            NAME(pointwise_rows)(g, count, kept, input + first * inputs, inputs, w, input_grad ? input_grad + first * inputs : 0,
-                                 weight_grad ? dw : 0);
-        }
-    }
-    for (int64_t j = 0; j < kept; j++)
-        for (int64_t c = weight_grad ? 0 : inputs; c <= inputs; c++) {
-            double sum = 0;
-            for (int thread = 0; thread < threads; thread++)
-                sum += memory[(size_t)thread * floats + (size_t)(c < inputs ? j * inputs + c : kept * inputs + j)];
-            *(c < inputs ? weight_grad + index[j] * inputs + c : bias_grad + index[j]) = (float)sum;
-        }
-    free(memory);
-    return 0;
-}
-
-#undef ROWS
-#undef LANES

@@ -1,0 +1,286 @@
+/* Backward passes as products of matrices over some positions at a time, which stay in the caches with what is kept of the
+   gradient there; for one kind of processor, see loops.h.
+
+   A column is a kept channel at one tap of the kernel. What a kept channel's gradient does to the input at a position, it does
+   from as many places as the kernel has taps: a convolution of few kept channels is one of 1×1 from these columns, over the
+   positions of the input. */
+
+/* sums[i] = Σ of the i-th row's [n · a_step] · b[n · b_step + lane], of four rows and LANES lanes. */
+TARGET static inline void NAME(product)(int64_t count, const float *first, const float *second, const float *third,
+                                        const float *fourth, int64_t a_step, const float *b, int64_t b_step,
+                                        NAME(Vector) sums[8])
+{
+    NAME(Vector) own[8] = {{0}};
+    for (int64_t n = 0; n < count; n++) {
+        NAME(Vector) low = ((const NAME(Vector) *)(b + n * b_step))[0], high = ((const NAME(Vector) *)(b + n * b_step))[1];
+        own[0] += first[n * a_step] * low, own[1] += first[n * a_step] * high;
+        own[2] += second[n * a_step] * low, own[3] += second[n * a_step] * high;
+        own[4] += third[n * a_step] * low, own[5] += third[n * a_step] * high;
+        own[6] += fourth[n * a_step] * low, own[7] += fourth[n * a_step] * high;
+    }
+    for (int i = 0; i < 8; i++) sums[i] = own[i];
+}
+
+/* sums[i][j] = Σ a[i · a_row + n] · b[j][n], of four rows and two. */
+TARGET static inline void NAME(dots)(int64_t count, const float *restrict a, int64_t a_row, const float *const b[2],
+                                     float sums[4][2])
+{
+    enum { WIDTH = BYTES / sizeof(float) };
+    NAME(Vector) own[4][2] = {{{0}}};
+    int64_t n = 0;
+    for (; n + WIDTH <= count; n += WIDTH) {
+        NAME(Vector) low = *(const NAME(Vector) *)(b[0] + n), high = *(const NAME(Vector) *)(b[1] + n);
+        for (int i = 0; i < 4; i++) {
+            NAME(Vector) value = *(const NAME(Vector) *)(a + i * a_row + n);
+            own[i][0] += value * low, own[i][1] += value * high;
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            float sum = 0;
+            for (int64_t rest = n; rest < count; rest++) sum += a[i * a_row + rest] * b[j][rest];
+            for (int lane = 0; lane < WIDTH; lane++) sum += own[i][j][lane];
+            sums[i][j] = sum;
+        }
+}
+
+/* Up to LANES columns of up to four rows of sums to where they belong, or added to what is there. */
+TARGET static inline void NAME(store)(const NAME(Vector) sums[8], float *const to[4], int64_t rows, int64_t lanes, int add)
+{
+    for (int64_t i = 0; i < rows; i++)
+        if (lanes >= LANES) {
+            NAME(Vector) *own = (NAME(Vector) *)to[i];
+            own[0] = add ? own[0] + sums[2 * i] : sums[2 * i], own[1] = add ? own[1] + sums[2 * i + 1] : sums[2 * i + 1];
+        } else {
+            const float *from = (const float *)(sums + 2 * i);
+            for (int64_t lane = 0; lane < lanes; lane++) to[i][lane] = add ? to[i][lane] + from[lane] : from[lane];
+        }
+}
+
+/* The columns at a run of positions, position by position to_row apart and column by column to_column apart. */
+TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, int64_t to_row, int64_t to_column)
+{
+    const Geometry *geo = all->geometry;
+    const int64_t *out = geo->out, *k = geo->kernel, *s = geo->stride, *p = geo->padding, *d = geo->dilation;
+    int64_t step = geo->grad_position, column = 0;
+    for (int64_t a = 0; a < k[0]; a++)
+        for (int64_t b = 0; b < k[1]; b++)
+            for (int64_t c = 0; c < k[2]; c++, column++) {
+                /* the output that reads the run's first position at this tap, times its stride */
+                int64_t z = run->place[0] + p[0] - a * d[0], y = run->place[1] + p[1] - b * d[1], x = run->place[2] + p[2] - c * d[2];
+                int none = z < 0 || z % s[0] || z / s[0] >= out[0] || y < 0 || y % s[1] || y / s[1] >= out[1];
+                /* positions first, first + s, … of the run are read by neighbouring outputs, from the given one on */
+                int64_t output = x > 0 ? (x + s[2] - 1) / s[2] : 0, first = output * s[2] - x;
+                int64_t seen = out[2] - output, most = first < run->count ? (run->count - first + s[2] - 1) / s[2] : 0;
+                seen = none || seen < 0 ? 0 : seen < most ? seen : most;
+                int64_t row = all->sample_grad * run->sample + ((z / s[0] * out[1] + y / s[1]) * out[2] + output) * step;
+                for (int64_t j = 0; j < all->kept; j++) {
+                    float *restrict own = to + (j * all->taps + column) * to_column;
+                    if (s[2] > 1 || seen < run->count) /* somewhere no output reads */
+                        for (int64_t i = 0; i < run->count; i++) own[i * to_row] = 0;
+                    if (!seen) continue;
+                    const float *restrict from = all->grad + row + all->index[j] * geo->grad_channel;
+                    if (s[2] == 1 && to_row == 1 && step == 1)
+                        memcpy(own + first, from, (size_t)seen * sizeof(float));
+                    else
+                        for (int64_t i = 0; i < seen; i++) own[(first + i * s[2]) * to_row] = from[i * step];
+                }
+            }
+}
+
+/* A strip of positions, channels last. g (count, step) of the columns, zeros beyond; w and dw in panels of LANES input channels,
+   (panels, columns, LANES) and (panels, rows of dw, LANES). */
+TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t count, const float *w, float *g, int64_t step,
+                                    float *x, float *dw, int64_t dw_rows, float *db)
+{
+    const Geometry *geo = all->geometry;
+    int64_t inputs = all->inputs, kept = all->kept * all->taps, at[ROWS_LAST];
+    int64_t apart = (all->taps > 1 ? 1 : geo->stride[2]) * geo->input_position;
+    int even = inputs < 1024; /* the input is read as it lies: rows do not meet in the cache, and are equally far apart */
+    for (const Run *run = runs; run->start < count; run++) {
+        for (int64_t r = 0; r < run->count; r++) at[run->start + r] = run->input + r * apart;
+        even = even && run->input - runs->input == run->start * apart;
+        if (all->taps > 1)
+            NAME(columns)(all, run, g + run->start * step, step, 1);
+        else
+            for (int64_t r = 0; r < run->count; r++) {
+                const float *restrict from = all->grad + run->grad + r * geo->grad_position;
+                float *restrict to = g + (run->start + r) * step;
+                for (int64_t j = 0; j < kept; j++) to[j] = from[all->index[j]];
+            }
+    }
+    if (db && all->taps == 1)
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t j = 0; j < kept; j++) db[j] += g[r * step + j];
+    NAME(Vector) sums[8];
+    for (int64_t c = 0; c < inputs; c += LANES) {
+        int64_t lanes = inputs - c < LANES ? inputs - c : LANES;
+        if (all->input_grad)
+            for (int64_t r = 0; r < count; r += 4) {
+                float *to[4];
+                for (int64_t i = 0; i < 4; i++) to[i] = all->input_grad + at[r + i < count ? r + i : r] + c;
+                const float *own = g + r * step;
+                NAME(product)(kept, own, own + step, own + 2 * step, own + 3 * step, 1, w + c * kept, LANES, sums);
+                NAME(store)(sums, to, count - r < 4 ? count - r : 4, lanes, 0);
+            }
+        if (!dw) continue;
+        int direct = even && lanes == LANES;
+        for (int64_t r = 0; !direct && r < count; r++)
+            if (lanes == LANES) {
+                const NAME(Vector) *from = (const NAME(Vector) *)(all->input + at[r] + c);
+                ((NAME(Vector) *)(x + r * LANES))[0] = from[0], ((NAME(Vector) *)(x + r * LANES))[1] = from[1];
+            } else
+                for (int64_t lane = 0; lane < lanes; lane++) x[r * LANES + lane] = all->input[at[r] + c + lane];
+        for (int64_t j = 0; j < dw_rows; j += 4) {
+            float *own = dw + c * dw_rows + j * LANES, *to[4] = {own, own + LANES, own + 2 * LANES, own + 3 * LANES};
+            NAME(product)(count, g + j, g + j + 1, g + j + 2, g + j + 3, step, direct ? all->input + at[0] + c : x,
+                          direct ? apart : LANES, sums);
+            NAME(store)(sums, to, 4, LANES, 1);
+        }
+    }
+}
+
+/* The same with channels first. g (columns, step); w in panels of four input channels, (panels, columns, 4); x (2, step) and
+   dx (4, step) for what is no single run in memory; dw (columns, inputs). */
+TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t count, const float *w, float *g, int64_t step,
+                                     float *x, float *dx, float *dw, float *db)
+{
+    const Geometry *geo = all->geometry;
+    int64_t inputs = all->inputs, kept = all->kept * all->taps, apart = all->taps > 1 ? 1 : geo->stride[2];
+    const Run *end = runs;
+    while (end->start + end->count < count) end++;
+    /* one stretch of memory */
+    int whole = apart == 1 && end->input - runs->input == end->start && end->sample == runs->sample;
+    for (const Run *run = runs; all->taps > 1 && run->start < count; run++) NAME(columns)(all, run, g + run->start, 1, step);
+    for (int64_t j = 0; all->taps == 1 && j < kept; j++) {
+        for (const Run *run = runs; run->start < count; run++)
+            memcpy(g + j * step + run->start, all->grad + run->grad + all->index[j] * geo->grad_channel,
+                   (size_t)run->count * sizeof(float));
+        if (db) {
+            enum { WIDTH = 16 };
+            float lanes[WIDTH] = {0}, sum = 0;
+            int64_t p = 0;
+            for (; p + WIDTH <= count; p += WIDTH)
+                for (int lane = 0; lane < WIDTH; lane++) lanes[lane] += g[j * step + p + lane];
+            for (; p < count; p++) sum += g[j * step + p];
+            for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
+            db[j] += sum;
+        }
+    }
+    if (all->input_grad)
+        for (int64_t c = 0; c < inputs; c += 4) {
+            int64_t rows = inputs - c < 4 ? inputs - c : 4;
+            for (int64_t p = 0; p < count; p += LANES) {
+                NAME(Vector) sums[8];
+                float *to[4];
+                for (int64_t i = 0; i < 4; i++)
+                    to[i] = (whole ? all->input_grad + runs[0].input + (c + i) * geo->input_channel : dx + i * step) + p;
+                const float *own = w + c * kept;
+                NAME(product)(kept, own, own + 1, own + 2, own + 3, 4, g + p, step, sums);
+                NAME(store)(sums, to, rows, count - p, 0);
+            }
+            for (const Run *run = runs; !whole && run->start < count; run++)
+                for (int64_t i = 0; i < rows; i++) {
+                    float *restrict to = all->input_grad + run->input + (c + i) * geo->input_channel;
+                    const float *restrict from = dx + i * step + run->start;
+                    if (apart == 1) memcpy(to, from, (size_t)run->count * sizeof(float));
+                    else
+                        for (int64_t p = 0; p < run->count; p++) to[p * apart] = from[p];
+                }
+        }
+    for (int64_t c = 0; dw && c < inputs; c += 2) {
+        const float *b[2];
+        for (int64_t i = 0; i < 2; i++) {
+            int64_t offset = (c + i < inputs ? c + i : c) * geo->input_channel;
+            b[i] = whole ? all->input + runs[0].input + offset : x + i * step;
+            for (const Run *run = runs; !whole && run->start < count; run++) {
+                const float *restrict from = all->input + run->input + offset;
+                float *restrict to = x + i * step + run->start;
+                if (apart == 1) memcpy(to, from, (size_t)run->count * sizeof(float));
+                else
+                    for (int64_t p = 0; p < run->count; p++) to[p] = from[p * apart];
+            }
+        }
+        for (int64_t j = 0; j < kept; j += 4) {
+            float sums[4][2];
+            NAME(dots)(count, g + j * step, step, b, sums);
+            for (int64_t i = 0; i < 4 && j + i < kept; i++)
+                for (int64_t k = 0; k < 2 && c + k < inputs; k++) dw[(j + i) * inputs + c + k] += sums[i][k];
+        }
+    }
+}
+
+/* Gradients of a convolution of one group, or of one of several, from its kept channels; see Layer for the arguments. */
+TARGET static int NAME(products)(const Layer *all, int threads)
+{
+    const Geometry *geo = all->geometry;
+    int last = geo->input_channel == 1;
+    int64_t taps = all->taps, kept = all->kept * taps, inputs = all->inputs, most = last ? ROWS_LAST : ROWS_FIRST;
+    int64_t seen = geo->in[0] * geo->in[1] * geo->in[2], all_in = all->clears ? all->samples * all->sample_input : 0;
+    int64_t outputs = geo->out[0] * geo->out[1] * geo->out[2], positions = taps > 1 ? seen : outputs;
+    int strided = taps == 1 && (geo->stride[0] > 1 || geo->stride[1] > 1 || geo->stride[2] > 1);
+    /* strips of equal length, enough for all threads: of one sample, if channels come first and it has positions enough */
+    int64_t one = last || 2 * positions <= most ? all->samples * positions : positions, ones = all->samples * positions / one;
+    int64_t strips = (one + most - 1) / most, fewest = (threads + ones - 1) / ones;
+    int64_t length = (one + (strips > fewest ? strips : fewest) - 1) / (strips > fewest ? strips : fewest);
+    if (!last && one > positions) length = length < positions ? positions : length / positions * positions;
+    strips = (one + length - 1) / length;
+
+    int64_t dw_rows = (kept + 3) / 4 * 4, panels = (inputs + LANES - 1) / LANES, fours = (inputs + 3) / 4;
+    int64_t step = last ? dw_rows % 64 ? dw_rows : dw_rows + 4 : most + LANES, padded = (kept + 15) / 16 * 16;
+    /* a thread's sums for the weight and for the bias, its strip of grad and of what is copied; all begin with a cache line */
+    size_t sums = lines(last ? panels * dw_rows * LANES : kept * inputs), strip = lines((last ? most + 3 : dw_rows) * step);
+    size_t floats = sums + (size_t)padded + strip + lines(last ? most * LANES : 6 * step);
+    size_t weights = (size_t)(last ? panels * LANES : 4 * fours) * (size_t)kept;
+    void *whole = malloc(((size_t)threads * floats + weights + 16) * sizeof(float));
+    if (!whole) return 1;
+    float *memory = (float *)(((uintptr_t)whole + 63) / 64 * 64), *w = memory + (size_t)threads * floats;
+    int64_t width = last ? LANES : 4;
+    memset(w, 0, weights * sizeof(float));
+    for (int64_t j = 0; all->input_grad && j < kept; j++)
+        for (int64_t c = 0; c < inputs; c++)
+            w[(c / width * kept + j) * width + c % width] = all->weight[(all->index[j / taps] * inputs + c) * taps + j % taps];
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        float *dw = memory + (size_t)thread * floats, *db = dw + sums, *g = db + padded, *x = g + strip;
+        memset(dw, 0, floats * sizeof(float));
+        if (team < threads && !thread) /* fewer than were asked for */
+            for (int64_t other = team; other < threads; other++) memset(memory + (size_t)other * floats, 0, (sums + (size_t)padded) * sizeof(float));
+        if (all->input_grad && strided && all_in) {
+            memset(all->input_grad + all_in * thread / team, 0,
+                   (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));
+#pragma omp barrier
+        }
+        Run runs[ROWS_FIRST + 1];
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < ones * strips; task++) {
+            int64_t begin = task / strips * one + task % strips * length, end = task / strips * one + one;
+            int64_t count = end - begin < length ? end - begin : length;
+            find_runs(all, begin, count, runs);
+            if (last)
+                NAME(strip_last)(all, runs, count, w, g, step, x, all->weight_grad ? dw : 0, dw_rows, all->bias_grad ? db : 0);
+            else
+                NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, all->weight_grad ? dw : 0, all->bias_grad ? db : 0);
+        }
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < kept; j++) {
+            for (int64_t c = 0; all->weight_grad && c < inputs; c++) {
+                double sum = 0;
+                for (int64_t other = 0; other < threads; other++)
+                    sum += memory[(size_t)other * floats + (size_t)(last ? (c / LANES * dw_rows + j) * LANES + c % LANES : j * inputs + c)];
+                all->weight_grad[(all->index[j / taps] * inputs + c) * taps + j % taps] = (float)sum;
+            }
+            if (!all->bias_grad || j % taps) continue;
+            double sum = 0;
+            if (taps == 1)
+                for (int64_t other = 0; other < threads; other++) sum += memory[(size_t)other * floats + sums + (size_t)j];
+            else
+                for (int64_t p = 0; p < all->samples * outputs; p++)
+                    sum += all->grad[p / outputs * all->sample_grad + p % outputs * geo->grad_position + all->index[j / taps] * geo->grad_channel];
+            all->bias_grad[all->index[j / taps]] = (float)sum;
+        }
+    }
+    free(whole);
+    return 0;
+}

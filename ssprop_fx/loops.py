@@ -1,0 +1,126 @@
+"""Which layers' sparse backward passes are computed by loops in C (:mod:`ssprop_fx.native`), and by which of them.
+
+PyTorch has no operation that reads some channels of a tensor where they lie. What it does have takes as long for a few channels
+as for many in some forms of layers, and longer where few channels are left in every group. The rules here are by shape, from
+times of both on two cores with and without channels last (docs/performance.md).
+
+For compiled graphs it is an operator, ``ssprop::kept_backward``, whose kernel decides again by the layouts that it sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, operators
+from .convolutions import ConvArgs, conv_backward_flops
+from .dense import Gradients, asked_for
+from .gather import channels_last
+
+# Columns (kept channels of a group, times the kernel's positions) times the group's inputs: sums that stay in the cache, up to
+# which loops are quicker than the library's products of matrices; with channels first so many for each position.
+_MOST, _MOST_FIRST = 128 * 1024, 1536
+
+
+def loop_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool = False
+) -> Gradients | None:
+    """Gradients of a convolution from some of its output channels by a loop in C, where there is one that is quicker.
+
+    Args:
+        grad: gradient of the output, (N, K, *out).
+        input: (N, C, *in).
+        weight: (K, C/g, *kernel).
+        index: (k,), the output channels: as many of every group, or of a depthwise convolution any.
+        args: geometry of the convolution.
+        mask: which of the gradients of input, weight and bias to compute.
+        compiling: write an operator into the graph.
+
+    Returns:
+        The gradients of input, weight and bias, None where not asked for; or None where another way is to be taken.
+    """
+    if grad.dtype != torch.float32 or args.transposed or not 2 < input.dim() < 6 or weight.dim() != input.dim():
+        return None
+    loop = _loop(grad, input, weight, index.shape[0], args, mask)
+    if loop is None:
+        return None
+    if operators.wanted(grad, compiling):
+        geometry = list(args.stride), list(args.padding), list(args.dilation), args.groups
+        return asked_for(_operator(grad, input, weight, index, *geometry, list(mask)), mask)
+    if compiling or not native.serves(grad, input, weight):
+        return None
+    return loop(grad, input, weight, index, args, mask)
+
+
+def _loop(
+    grad: Tensor, input: Tensor, weight: Tensor, kept: int, args: ConvArgs, mask: Sequence[bool]
+) -> Callable[..., Gradients | None] | None:
+    inputs, taps = weight.shape[1], math.prod(weight.shape[2:])
+    if inputs == 1 and args.groups > 1:  # depthwise
+        return native.direct
+    last = channels_last(input)
+    if grad.shape[1] == args.groups > 1:  # whole groups are kept
+        return native.direct if last and inputs <= 8 else None
+    keep = kept // args.groups
+    if taps == 1:
+        fits = all(p == 0 for p in args.padding) and keep * inputs <= (_MOST if last else _most_first(grad))
+        return native.products if fits else None
+    if args.groups == 1 and not mask[0] and inputs <= 8:  # a network's first layer
+        return native.stem if keep >= 8 or not last else None
+    columns, strided = keep * taps, any(s > 1 for s in args.stride)
+    if last and args.groups > 1 and inputs <= 8:
+        return native.direct
+    if not last and args.groups > 1:
+        return native.products if keep % 8 else None  # the library has no quick way for such groups with channels first
+    if input.dim() == 5:
+        few = columns <= 448
+    elif last:
+        few = (columns <= 40 and inputs >= 16) or (columns <= 112 and inputs >= 64)
+    else:
+        few = columns <= 112
+    return native.products if few and not strided else None
+
+
+def _most_first(grad: Tensor) -> float:
+    positions = math.prod(grad.shape[2:])
+    return min(_MOST, _MOST_FIRST * positions) if isinstance(positions, int) else _MOST  # a symbol must not be asked
+
+
+def _kept_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor, ...]:
+    from .backward import kept_backward  # which comes here first
+
+    args = ConvArgs(stride, padding, dilation, False, [0] * len(stride), groups)
+    grads = kept_backward(grad, input, weight, index, args, mask)
+    return operators.laid_out(grads, _fake(grad, input, weight, index, stride, padding, dilation, groups, mask))
+
+
+def _fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return operators.shaped((input, weight, grad.new_empty((grad.shape[1],))), rest[-1])
+
+
+def kept_backward_flops(grad, input, weight, index, *rest, **_) -> int:
+    """FLOPs of ``ssprop::kept_backward``, for ``torch.utils.flop_counter``."""
+    mask = rest[-1] if rest else (True, True)
+    return conv_backward_flops(grad, weight, outputs=mask[0] + mask[1]) * index[0] // grad[1]
+
+
+_operator = operators.define(
+    "kept_backward(Tensor grad, Tensor input, Tensor weight, Tensor index, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, int groups, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    _kept_backward,
+    _fake,
+)
