@@ -21,9 +21,13 @@ from .convolutions import ConvArgs, conv_backward_flops
 from .dense import Gradients, asked_for
 from .gather import channels_last
 
-# Columns (kept channels of a group, times the kernel's positions) times the group's inputs: sums that stay in the cache, up to
-# which loops are quicker than the library's products of matrices; with channels first so many for each position.
+# Kept channels of a group times its inputs, of a 1×1 layer: up to so many the loop is quicker than the library's products of
+# matrices; with channels first, for each position of the output.
 _MOST, _MOST_FIRST = 128 * 1024, 1536
+
+# Columns, which are kept channels of a group times the kernel's positions, up to which the loop is quicker than the library's
+# convolution: in three dimensions or in groups, and otherwise.
+_COLUMNS, _COLUMNS_PLAIN = 448, 112
 
 
 def loop_backward(
@@ -75,13 +79,13 @@ def _loop(
     if last and args.groups > 1 and inputs <= 8:
         return native.direct
     if not last and args.groups > 1:
-        return native.products if keep % 8 else None  # the library has no quick way for such groups with channels first
+        return native.products if keep % 8 and columns <= _COLUMNS else None  # if not by 8, the library has no quick way
     if input.dim() == 5:
-        few = columns <= 448
-    elif last:
-        few = (columns <= 40 and inputs >= 16) or (columns <= 112 and inputs >= 64)
+        few = columns <= _COLUMNS
+    elif last:  # a vector of inputs is mostly empty, or the columns take as long to write as to use
+        few = (columns <= 40 and inputs >= 16) or (columns <= _COLUMNS_PLAIN and inputs >= 64)
     else:
-        few = columns <= 112
+        few = columns <= _COLUMNS_PLAIN
     return native.products if few and not strided else None
 
 

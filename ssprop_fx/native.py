@@ -22,18 +22,18 @@ from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the functions' arguments, as in kernels.c
+VERSION = 3  # of the functions' arguments, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
+
+_DIRECT, _STEM, _PRODUCTS = range(3)  # as in kernels.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "ssprop_abs_sum": [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT],
     "ssprop_kept_channels": [_POINTER, _LONG, _LONG, _LONG, _POINTER],
     "ssprop_take_last": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
-    "ssprop_products": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
-    "ssprop_stem": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
-    "ssprop_direct": [*[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
+    "ssprop_gradients": [_INT, *[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
 }
 
 
@@ -47,7 +47,7 @@ def _load() -> ctypes.CDLL | None:
             logger.warning("%s does not load (%s): some layers take longer", path, problem)
             return None
         if found is not None:
-            if getattr(found, "ssprop_version", lambda: 0)() != _VERSION:  # an editable installation whose source has changed
+            if getattr(found, "ssprop_version", lambda: 0)() != VERSION:  # an editable installation whose source has changed
                 logger.warning("%s is of another version: some layers take longer until the package is installed again", path)
                 return None
             for name, arguments in _ARGUMENTS.items():
@@ -132,13 +132,13 @@ def direct(
         The gradients of input, weight and bias, None where not asked for; or None for data that is not dense.
     """
     layouts = steps(grad), steps(input)
-    return None if None in layouts else _gradients("ssprop_direct", grad, input, weight, index, args, mask, layouts)
+    return None if None in layouts else _gradients(_DIRECT, grad, input, weight, index, args, mask, layouts)
 
 
 def stem(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients | None:
     """The same of weight and bias only, for an ungrouped convolution of few input channels."""
     layouts = steps(grad), steps(input)
-    return None if None in layouts else _gradients("ssprop_stem", grad, input, weight, index, args, mask, layouts)
+    return None if None in layouts else _gradients(_STEM, grad, input, weight, index, args, mask, layouts)
 
 
 def products(
@@ -154,11 +154,11 @@ def products(
         layouts = (1, _positions(grad)), (1, _positions(input))
     else:
         return None
-    return _gradients("ssprop_products", grad, input, weight, index, args, mask, layouts)
+    return _gradients(_PRODUCTS, grad, input, weight, index, args, mask, layouts)
 
 
 def _gradients(
-    name: str, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], layouts: Any
+    loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], layouts: Any
 ) -> Gradients:
     geometry = [
         *(_three(sizes) for sizes in (input.shape[2:], grad.shape[2:], weight.shape[2:], args.stride)),
@@ -173,7 +173,7 @@ def _gradients(
     bias_grad = grad.new_zeros(grad.shape[1]) if mask[2] else None
     grads = input_grad, weight_grad, bias_grad
     _run(
-        name, max(grad, input, key=Tensor.numel),
+        "ssprop_gradients", max(grad, input, key=Tensor.numel), loop,
         grad.data_ptr(), input.data_ptr(), kernels.data_ptr(), index.data_ptr(),
         index.shape[0], grad.shape[0], grad.shape[1], input.shape[1], args.groups,
         (ctypes.c_int64 * len(numbers))(*numbers), *(None if g is None else g.data_ptr() for g in grads),

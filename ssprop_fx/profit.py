@@ -170,7 +170,7 @@ def folder() -> Path:
 @functools.cache
 def _machine() -> str:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    loops = "" if native.library is None else " loops in C"
+    loops = "" if native.library is None else f" loops in C {native.VERSION}"
     return f"{platform.machine()} {processor()} {accelerator} {torch.__version__}{loops}"
 
 

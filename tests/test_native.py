@@ -292,7 +292,7 @@ def test_data_that_is_not_dense_goes_another_way():
 
 
 def test_a_library_of_another_version_is_left_alone(monkeypatch, caplog):
-    monkeypatch.setattr(native, "_VERSION", 0)
+    monkeypatch.setattr(native, "VERSION", 0)
     assert native._load() is None
     assert "another version" in caplog.text
 

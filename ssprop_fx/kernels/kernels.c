@@ -42,8 +42,8 @@ typedef struct {
 /* So many floats, in whole cache lines. */
 static size_t lines(int64_t floats) { return (size_t)(floats + 15) / 16 * 16; }
 
-/* Neighbouring positions of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where the
-   first of them stands: in grad and input, or in which sample and at which place of the input. */
+/* Neighbouring positions of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where
+   the first of them stands: in grad and input, or in which sample and at which place of the input. */
 typedef struct {
     int64_t start, count, grad, input, sample, place[3];
 } Run;
@@ -63,7 +63,8 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
     int64_t width = !one ? in[2] : strided ? out[2] : last ? all->samples * outputs : outputs;
     while (done < count) {
         int64_t sample = (first + done) / positions, p = (first + done) % positions, rest = width - (first + done) % width;
-        int64_t seen = strided ? (p / (out[1] * out[2]) * s[0] * in[1] + p / out[2] % out[1] * s[1]) * in[2] + p % out[2] * s[2] : p;
+        int64_t z = p / (out[1] * out[2]) * s[0], y = p / out[2] % out[1] * s[1], x = p % out[2] * s[2];
+        int64_t seen = strided ? (z * in[1] + y) * in[2] + x : p;
         runs->start = done, runs->count = rest < count - done ? rest : count - done;
         runs->grad = sample * all->sample_grad + p * geo->grad_position;
         runs->input = sample * all->sample_input + seen * geo->input_position;
@@ -118,7 +119,7 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #endif
 
 /* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 2; }
+int ssprop_version(void) { return 3; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
@@ -166,57 +167,49 @@ int ssprop_take_last(const float *values, int64_t rows, int64_t channels, const 
     return RUN(take_last, values, rows, channels, index, kept, taken, threads);
 }
 
-static Layer layer(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
-                   int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
-                   float *input_grad, float *weight_grad, float *bias_grad)
+static int direct(const Layer *all, int threads)
 {
-    const int64_t *k = geometry->kernel, *out = geometry->out, *in = geometry->in;
-    Layer all = {grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad, 0, 0, 0, 1};
-    all.taps = k[0] * k[1] * k[2];
-    all.sample_grad = channels * out[0] * out[1] * out[2], all.sample_input = inputs * in[0] * in[1] * in[2];
-    return all;
-}
-
-int ssprop_direct(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
-                  int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
-                  float *input_grad, float *weight_grad, float *bias_grad, int threads)
-{
-    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
-    int64_t per_group = inputs / groups;
+    int64_t kept = all->kept, per_group = all->inputs / all->groups;
     Pair *pairs = malloc((size_t)(kept * per_group) * sizeof(Pair)), *pair = pairs;
     if (!pairs) return 1;
     /* pairs that are worked on side by side read different channels of whichever there are more */
     int64_t outer = kept < per_group ? kept : per_group, inner = kept < per_group ? per_group : kept;
     for (int64_t i = 0; i < outer; i++)
         for (int64_t j = 0; j < inner; j++, pair++) {
-            int64_t output = index[kept < per_group ? i : j], c = kept < per_group ? j : i;
-            pair->output = output, pair->input = output / (channels / groups) * per_group + c;
+            int64_t output = all->index[kept < per_group ? i : j], c = kept < per_group ? j : i;
+            pair->output = output, pair->input = output / (all->channels / all->groups) * per_group + c;
             pair->weight = output * per_group + c;
         }
-    int failed = RUN(direct, &all, pairs, threads);
+    int failed = RUN(direct, all, pairs, threads);
     free(pairs);
     return failed;
 }
 
-int ssprop_products(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
-                    int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
-                    float *input_grad, float *weight_grad, float *bias_grad, int threads)
+static int products(Layer all, int threads) /* group by group */
 {
-    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
-    all.kept /= groups, all.inputs /= groups;
-    for (int64_t group = 0; group < groups; group++) {
-        int64_t first = group * all.inputs * geometry->input_channel;
-        all.index = index + group * all.kept, all.clears = !group;
-        all.input = input + first, all.input_grad = input_grad ? input_grad + first : 0;
+    int64_t kept = all.kept / all.groups, inputs = all.inputs / all.groups, step = inputs * all.geometry->input_channel;
+    all.kept = kept, all.inputs = inputs;
+    for (int64_t group = 0; group < all.groups; group++) {
+        all.clears = !group;
         if (RUN(products, &all, threads)) return 1;
+        all.index += kept, all.input += step, all.input_grad = all.input_grad ? all.input_grad + step : 0;
     }
     return 0;
 }
 
-int ssprop_stem(const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept, int64_t samples,
-                int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry, float *input_grad,
-                float *weight_grad, float *bias_grad, int threads)
+/* Gradients of a convolution from some of its output channels, by one of three loops; see Layer for the arguments. */
+int ssprop_gradients(int loop, const float *grad, const float *input, const float *weight, const int64_t *index, int64_t kept,
+                     int64_t samples, int64_t channels, int64_t inputs, int64_t groups, const Geometry *geometry,
+                     float *input_grad, float *weight_grad, float *bias_grad, int threads)
 {
-    Layer all = layer(grad, input, weight, index, kept, samples, channels, inputs, groups, geometry, input_grad, weight_grad, bias_grad);
-    return RUN(stem, &all, threads);
+    enum { DIRECT, STEM, PRODUCTS }; /* as in native.py */
+    const int64_t *k = geometry->kernel, *out = geometry->out, *in = geometry->in;
+    Layer all = {
+        .grad = grad, .input = input, .weight = weight, .index = index, .geometry = geometry,
+        .kept = kept, .samples = samples, .channels = channels, .inputs = inputs, .groups = groups,
+        .input_grad = input_grad, .weight_grad = weight_grad, .bias_grad = bias_grad,
+        .taps = k[0] * k[1] * k[2], .sample_grad = channels * out[0] * out[1] * out[2],
+        .sample_input = inputs * in[0] * in[1] * in[2], .clears = 1,
+    };
+    return loop == DIRECT ? direct(&all, threads) : loop == STEM ? RUN(stem, &all, threads) : products(all, threads);
 }

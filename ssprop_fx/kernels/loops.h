@@ -210,8 +210,8 @@ TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pai
     /* lanes beyond the last pair are computed with, too, and not read: zeros are quick */
     if (lanes < LANES) memset(memory, 0, (size_t)((taps + count + 2 * size) * LANES) * sizeof(float));
     NAME(pick)(all->weight, taps, 1, at_weight, lanes, w);
-    NAME(pick)(all->grad + sample * all->channels * out[0] * out[1] * out[2] + (oz * out[1] + top) * out[2] * geo->grad_position,
-               count, geo->grad_position, at_grad, lanes, g);
+    NAME(pick)(all->grad + sample * all->sample_grad + (oz * out[1] + top) * out[2] * geo->grad_position, count,
+               geo->grad_position, at_grad, lanes, g);
     NAME(Vector) low = {0}, high = {0};
     for (int64_t o = 0; o < count; o++) low += ((NAME(Vector) *)g)[2 * o], high += ((NAME(Vector) *)g)[2 * o + 1];
     ((NAME(Vector) *)db)[0] += low, ((NAME(Vector) *)db)[1] += high;
@@ -219,7 +219,7 @@ TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pai
     for (int64_t a = 0; a < k[0] && size; a++) {
         int64_t iz = oz * s[0] - p[0] + a * d[0];
         if (iz < 0 || iz >= in[0]) continue;
-        int64_t offset = sample * all->inputs * in[0] * in[1] * in[2] + (iz * in[1] + first) * in[2] * geo->input_position;
+        int64_t offset = sample * all->sample_input + (iz * in[1] + first) * in[2] * geo->input_position;
         NAME(pick)(all->input + offset, size, geo->input_position, at_input, lanes, x);
         if (all->input_grad) memset(dx, 0, (size_t)(size * LANES) * sizeof(float));
         for (int64_t oy = top; oy < bottom; oy++)
@@ -251,7 +251,7 @@ TARGET static void NAME(direct_sample)(const Layer *all, int64_t sample, const P
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
     int64_t taps = k[0] * k[1] * k[2], cleared = 0;
-    float *own = all->input_grad ? all->input_grad + sample * all->inputs * in[0] * in[1] * in[2] : 0;
+    float *own = all->input_grad ? all->input_grad + sample * all->sample_input : 0;
     clears = clears && own;
     if (clears && in[0] > 1) { /* planes are seen from several others */
         NAME(clear)(own, all->inputs, geo, 0, in[0] * in[1]);
@@ -260,8 +260,8 @@ TARGET static void NAME(direct_sample)(const Layer *all, int64_t sample, const P
     for (int64_t oz = 0; oz < out[0]; oz++)
         for (int64_t top = 0; top < out[1]; top += strip) {
             int64_t bottom = top + strip < out[1] ? top + strip : out[1];
-            int64_t last = bottom == out[1] ? in[1] : (bottom - 1) * geo->stride[1] - geo->padding[1] + (k[1] - 1) * geo->dilation[1] + 1;
-            last = last > in[1] ? in[1] : last;
+            int64_t last = (bottom - 1) * geo->stride[1] - geo->padding[1] + (k[1] - 1) * geo->dilation[1] + 1;
+            last = bottom == out[1] || last > in[1] ? in[1] : last;
             if (clears && last > cleared) {
                 NAME(clear)(own, all->inputs, geo, cleared, last);
                 cleared = last;
@@ -286,7 +286,8 @@ TARGET static int NAME(direct)(const Layer *all, const Pair *pairs, int threads)
     strip = strip < 1 ? 1 : strip > out[1] ? out[1] : strip;
     int64_t in_rows = (strip - 1) * geo->stride[1] + reach;
     in_rows = in_rows > in[1] ? in[1] : in_rows;
-    size_t sums = (size_t)(blocks * (taps + 1) * LANES), floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + taps));
+    size_t sums = (size_t)(blocks * (taps + 1) * LANES);
+    size_t floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + taps));
     float *memory = malloc((size_t)threads * floats * sizeof(float));
     if (!memory) return 1;
     for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
@@ -305,7 +306,8 @@ TARGET static int NAME(direct)(const Layer *all, const Pair *pairs, int threads)
         for (int64_t task = 0; task < all->samples * parts; task++) {
             int64_t first = parts > 1 ? task % parts * LANES : 0;
             int64_t some = parts > 1 && count - first > LANES ? LANES : count - first;
-            NAME(direct_sample)(all, task / parts, pairs + first, some, strip, parts == 1, own + sums, own + first * (taps + 1));
+            NAME(direct_sample)(all, task / parts, pairs + first, some, strip, parts == 1, own + sums,
+                                own + first * (taps + 1));
         }
     }
     for (int64_t j = 0; j < count; j++)

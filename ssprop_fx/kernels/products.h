@@ -67,7 +67,8 @@ TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, in
         for (int64_t b = 0; b < k[1]; b++)
             for (int64_t c = 0; c < k[2]; c++, column++) {
                 /* the output that reads the run's first position at this tap, times its stride */
-                int64_t z = run->place[0] + p[0] - a * d[0], y = run->place[1] + p[1] - b * d[1], x = run->place[2] + p[2] - c * d[2];
+                int64_t z = run->place[0] + p[0] - a * d[0], y = run->place[1] + p[1] - b * d[1];
+                int64_t x = run->place[2] + p[2] - c * d[2];
                 int none = z < 0 || z % s[0] || z / s[0] >= out[0] || y < 0 || y % s[1] || y / s[1] >= out[1];
                 /* positions first, first + s, … of the run are read by neighbouring outputs, from the given one on */
                 int64_t output = x > 0 ? (x + s[2] - 1) / s[2] : 0, first = output * s[2] - x;
@@ -88,8 +89,8 @@ TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, in
             }
 }
 
-/* A strip of positions, channels last. g (count, step) of the columns, zeros beyond; w and dw in panels of LANES input channels,
-   (panels, columns, LANES) and (panels, rows of dw, LANES). */
+/* A strip of positions, channels last. g (count, step) of the columns, zeros beyond; w and dw in panels of LANES input
+   channels, (panels, columns, LANES) and (panels, rows of dw, LANES). */
 TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t count, const float *w, float *g, int64_t step,
                                     float *x, float *dw, int64_t dw_rows, float *db)
 {
@@ -245,8 +246,8 @@ TARGET static int NAME(products)(const Layer *all, int threads)
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         float *dw = memory + (size_t)thread * floats, *db = dw + sums, *g = db + padded, *x = g + strip;
         memset(dw, 0, floats * sizeof(float));
-        if (team < threads && !thread) /* fewer than were asked for */
-            for (int64_t other = team; other < threads; other++) memset(memory + (size_t)other * floats, 0, (sums + (size_t)padded) * sizeof(float));
+        for (int64_t other = team; !thread && other < threads; other++) /* fewer than were asked for */
+            memset(memory + (size_t)other * floats, 0, (sums + (size_t)padded) * sizeof(float));
         if (all->input_grad && strided && all_in) {
             memset(all->input_grad + all_in * thread / team, 0,
                    (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));
@@ -258,26 +259,27 @@ TARGET static int NAME(products)(const Layer *all, int threads)
             int64_t begin = task / strips * one + task % strips * length, end = task / strips * one + one;
             int64_t count = end - begin < length ? end - begin : length;
             find_runs(all, begin, count, runs);
+            float *own = all->weight_grad ? dw : 0, *bias = all->bias_grad ? db : 0;
             if (last)
-                NAME(strip_last)(all, runs, count, w, g, step, x, all->weight_grad ? dw : 0, dw_rows, all->bias_grad ? db : 0);
+                NAME(strip_last)(all, runs, count, w, g, step, x, own, dw_rows, bias);
             else
-                NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, all->weight_grad ? dw : 0, all->bias_grad ? db : 0);
+                NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, own, bias);
         }
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < kept; j++) {
             for (int64_t c = 0; all->weight_grad && c < inputs; c++) {
+                const float *own = memory + (last ? (c / LANES * dw_rows + j) * LANES + c % LANES : j * inputs + c);
                 double sum = 0;
-                for (int64_t other = 0; other < threads; other++)
-                    sum += memory[(size_t)other * floats + (size_t)(last ? (c / LANES * dw_rows + j) * LANES + c % LANES : j * inputs + c)];
+                for (int64_t other = 0; other < threads; other++) sum += own[(size_t)other * floats];
                 all->weight_grad[(all->index[j / taps] * inputs + c) * taps + j % taps] = (float)sum;
             }
             if (!all->bias_grad || j % taps) continue;
+            const float *own = all->grad + all->index[j / taps] * geo->grad_channel;
             double sum = 0;
-            if (taps == 1)
-                for (int64_t other = 0; other < threads; other++) sum += memory[(size_t)other * floats + sums + (size_t)j];
-            else
-                for (int64_t p = 0; p < all->samples * outputs; p++)
-                    sum += all->grad[p / outputs * all->sample_grad + p % outputs * geo->grad_position + all->index[j / taps] * geo->grad_channel];
+            for (int64_t other = 0; taps == 1 && other < threads; other++)
+                sum += memory[(size_t)other * floats + sums + (size_t)j];
+            for (int64_t p = 0; taps > 1 && p < all->samples * outputs; p++)
+                sum += own[p / outputs * all->sample_grad + p % outputs * geo->grad_position];
             all->bias_grad[all->index[j / taps]] = (float)sum;
         }
     }

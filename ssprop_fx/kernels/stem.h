@@ -33,7 +33,8 @@ TARGET static void NAME(stem_row)(const Layer *all, int64_t oz, int64_t oy, cons
             if (iy < 0 || iy >= in[1]) continue;
             for (int64_t first = 0; first < rows; first += 4) {
                 const float *x[4];
-                float *own = dw + ((a * k[1] + b) * rows + first) * LANES, *to[4] = {own, own + LANES, own + 2 * LANES, own + 3 * LANES};
+                float *own = dw + ((a * k[1] + b) * rows + first) * LANES;
+                float *to[4] = {own, own + LANES, own + 2 * LANES, own + 3 * LANES};
                 for (int64_t i = 0; i < 4; i++) {
                     int64_t tap = first + i < taps ? first + i : first;
                     x[i] = padded + ((tap / k[2] * in[0] + iz) * in[1] + iy) * width + tap % k[2] * geo->dilation[2];
@@ -71,7 +72,8 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
                 int64_t at[LANES] = {0};
                 for (int j = 0; j < lanes; j++) at[j] = all->index[first + j] * geo->grad_channel;
                 if (lanes < LANES) memset(g, 0, row * sizeof(float));
-                NAME(pick)(all->grad + sample * all->sample_grad + o * out[2] * geo->grad_position, out[2], geo->grad_position, at, lanes, g);
+                const float *row_of_grad = all->grad + sample * all->sample_grad + o * out[2] * geo->grad_position;
+                NAME(pick)(row_of_grad, out[2], geo->grad_position, at, lanes, g);
                 float *dw = own + (size_t)(first / LANES) * block, *db = dw + k[0] * k[1] * rows * LANES;
                 NAME(Vector) low = {0}, high = {0};
                 for (int64_t p = 0; p < out[2]; p++) low += ((NAME(Vector) *)g)[2 * p], high += ((NAME(Vector) *)g)[2 * p + 1];
@@ -86,8 +88,9 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
             int64_t place = c < all->inputs ? rest / k[2] * rows + c * k[2] + rest % k[2] : k[0] * k[1] * rows;
             double sum = 0;
             for (int thread = 0; thread < threads; thread++) sum += own[(size_t)thread * floats + (size_t)(place * LANES)];
-            if (c < all->inputs && all->weight_grad) all->weight_grad[all->index[j] * all->inputs * all->taps + tap] = (float)sum;
-            if (c == all->inputs && all->bias_grad) all->bias_grad[all->index[j]] = (float)sum;
+            float *weight = all->weight_grad, *bias = all->bias_grad;
+            if (c < all->inputs && weight) weight[all->index[j] * all->inputs * all->taps + tap] = (float)sum;
+            if (c == all->inputs && bias) bias[all->index[j]] = (float)sum;
         }
     }
     free(whole);
