@@ -75,18 +75,26 @@ def _loop(
         return native.products if fits else None
     if args.groups == 1 and not mask[0] and inputs <= 8:  # a network's first layer
         return native.stem if keep >= 8 or not last else None
-    columns, strided = keep * taps, any(s > 1 for s in args.stride)
-    if last and args.groups > 1 and inputs <= 8:
+    grouped, columns = args.groups > 1, keep * taps
+    if grouped and last and inputs <= 8:
         return native.direct
-    if not last and args.groups > 1:
-        return native.products if keep % 8 and columns <= _COLUMNS else None  # if not by 8, the library has no quick way
-    if input.dim() == 5:
+    if grouped and not last and keep % 8 == 0:  # for other numbers the library has no quick way
+        return None
+    if any(s > 1 for s in args.stride) or not _all_read(grad, weight, args):
+        return native.direct if grouped and not last and inputs <= 16 else None
+    if input.dim() == 5 or (grouped and not last):
         few = columns <= _COLUMNS
     elif last:  # a vector of inputs is mostly empty, or the columns take as long to write as to use
         few = (columns <= 40 and inputs >= 16) or (columns <= _COLUMNS_PLAIN and inputs >= 64)
     else:
         few = columns <= _COLUMNS_PLAIN
-    return native.products if few and not strided else None
+    return native.products if few else None
+
+
+def _all_read(grad: Tensor, weight: Tensor, args: ConvArgs) -> bool:
+    """Whether an unstrided convolution reads every position of its input; what is not finite elsewhere must not be seen."""
+    parts = zip(grad.shape[2:], weight.shape[2:], args.dilation, strict=True)
+    return all(d == 1 or k == 1 or (isinstance(size, int) and size >= d) for size, k, d in parts)
 
 
 def _most_first(grad: Tensor) -> float:
@@ -109,7 +117,7 @@ def _kept_backward(
 
     args = ConvArgs(stride, padding, dilation, False, [0] * len(stride), groups)
     grads = kept_backward(grad, input, weight, index, args, mask)
-    return operators.laid_out(grads, _fake(grad, input, weight, index, stride, padding, dilation, groups, mask))
+    return operators.laid_out(grads, (input, weight, grad.new_empty((grad.shape[1],))))
 
 
 def _fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -124,7 +132,7 @@ def kept_backward_flops(grad, input, weight, index, *rest, **_) -> int:
 
 _operator = operators.define(
     "kept_backward(Tensor grad, Tensor input, Tensor weight, Tensor index, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, int groups, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    "SymInt[] dilation, SymInt groups, bool[] mask) -> (Tensor, Tensor, Tensor)",
     _kept_backward,
     _fake,
 )

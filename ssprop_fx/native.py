@@ -61,7 +61,10 @@ library = _load()
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the loops may run over these tensors: dense float32 data, of which nobody records what is done with it."""
+    """Whether the loops may run over these tensors: float32 data, of which nobody records what is done with it.
+
+    Each loop asks for the layouts itself that it can read.
+    """
     if library is None or torch.compiler.is_compiling() or dispatch_modes() or functorch_active() or forward_ad_active():
         return False
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -71,7 +74,8 @@ def serves(*tensors: Tensor) -> bool:
 def _plain(tensor: Tensor) -> bool:
     """Whether the numbers are what lies in memory: no subclass, no sparse layout, no sign that is still to be changed."""
     known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
-    return known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
+    here = known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
+    return here and tensor.data_ptr() != 0  # autograd's zeros that lie nowhere
 
 
 def steps(tensor: Tensor) -> tuple[int, int] | None:
@@ -131,14 +135,12 @@ def direct(
     Returns:
         The gradients of input, weight and bias, None where not asked for; or None for data that is not dense.
     """
-    layouts = steps(grad), steps(input)
-    return None if None in layouts else _gradients(_DIRECT, grad, input, weight, index, args, mask, layouts)
+    return _in_any_layout(_DIRECT, grad, input, weight, index, args, mask)
 
 
 def stem(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients | None:
     """The same of weight and bias only, for an ungrouped convolution of few input channels."""
-    layouts = steps(grad), steps(input)
-    return None if None in layouts else _gradients(_STEM, grad, input, weight, index, args, mask, layouts)
+    return _in_any_layout(_STEM, grad, input, weight, index, args, mask)
 
 
 def products(
@@ -155,6 +157,13 @@ def products(
     else:
         return None
     return _gradients(_PRODUCTS, grad, input, weight, index, args, mask, layouts)
+
+
+def _in_any_layout(
+    loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
+) -> Gradients | None:
+    layouts = steps(grad), steps(input)
+    return None if None in layouts else _gradients(loop, grad, input, weight, index, args, mask, layouts)
 
 
 def _gradients(

@@ -43,8 +43,12 @@ def shaped(likes: Sequence[Tensor], mask: Sequence[bool]) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t) if wanted else t.new_empty((0,)) for t, wanted in zip(likes, mask, strict=True))
 
 
-def laid_out(results: Sequence[Tensor | None], expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results in the layout that :func:`shaped` has promised."""
-    return tuple(
-        e if r is None else r if r.stride() == e.stride() else e.copy_(r) for r, e in zip(results, expected, strict=True)
-    )
+def laid_out(results: Sequence[Tensor | None], likes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results, dense tensors or None, in the layout that :func:`shaped` has promised."""
+    return tuple(_as(r, like) for r, like in zip(results, likes, strict=True))
+
+
+def _as(result: Tensor | None, like: Tensor) -> Tensor:
+    if result is None:
+        return like.new_empty((0,))
+    return result if result.stride() == like.stride() else torch.empty_like(like).copy_(result)

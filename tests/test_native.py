@@ -183,7 +183,7 @@ def test_pointwise_gradients(inputs, outputs, groups, keep, sizes, arrangement):
 def test_gradients_of_few_kept_channels(inputs, outputs, groups, keep, arrangement):
     torch.manual_seed(0)
     for args, kernel, sizes, samples in convolutions(inputs, groups):
-        if len(kernel) > 0 and kernel[0] > 1:
+        if kernel[0] > 1:
             given = tensors(arrangement, samples, inputs, outputs, kernel, sizes, args)
             check(native.products, *given, some(outputs, groups, keep), args, SOME)
 
@@ -223,6 +223,7 @@ def test_which_loop_runs(arrange, monkeypatch):
     assert loops(nn.Conv2d(3, 16, 7, stride=2), 19, 19, keep=8, first=True) == ["stem"]
     assert loops(nn.Conv2d(64, 3, 3), 9, 9, keep=1) == ["products"]
     assert loops(nn.Conv3d(16, 32, 3), 5, 5, 5, keep=8) == ["products"]
+    assert loops(nn.Conv2d(64, 3, 3, padding=2), 1, 1, keep=1) == ["products"]
     for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 3, 3, stride=2), 1), (nn.Conv2d(16, 16, 1, padding=1), 4)]:
         assert loops(module, 9, 9, keep=keep) == []
 
@@ -272,7 +273,17 @@ def test_only_plain_data_that_nobody_watches_is_served():
     assert native.serves(nn.Parameter(tensor)) is False  # a graph is being recorded
     negated = torch.complex(tensor, tensor).conj().imag
     assert negated.is_neg()
-    for other in (tensor.double(), tensor.to("meta"), tensor.bfloat16(), tensor[:0], tensor.as_subclass(Subclass), negated):
+    nowhere = torch._efficientzerotensor(tensor.shape)  # what autograd has of a derivative that is zero
+    assert type(nowhere) is torch.Tensor
+    for other in (
+        nowhere,
+        tensor.double(),
+        tensor.to("meta"),
+        tensor.bfloat16(),
+        tensor[:0],
+        tensor.as_subclass(Subclass),
+        negated,
+    ):
         assert not native.serves(tensor, other)
     seen = []
     torch.func.vmap(lambda t: (seen.append(native.serves(t)), t)[1])(tensor)
@@ -281,6 +292,54 @@ def test_only_plain_data_that_nobody_watches_is_served():
     with torch.autograd.forward_ad.dual_level():
         seen.append(native.serves(torch.autograd.forward_ad.make_dual(tensor, tensor)))
     assert seen == [False] * 3
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(8, 40, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(64, 3, 3)])
+def test_a_gradient_that_is_zero_by_its_kind(module):
+    model = ssprop_fx.transform(module, {"drop_rate": 0.5, "schedule": {"kind": "constant"}})
+    model(torch.randn(2, module.in_channels, 9, 9)).sgn().sum().backward()
+    assert not model.weight.grad.any()
+
+
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, last])
+@pytest.mark.parametrize(
+    ("module", "keep", "sizes", "unread"),
+    [
+        (nn.Conv2d(32, 12, 3, stride=2, groups=2), 3, (8, 8), 7),
+        (nn.Conv2d(64, 12, 2, dilation=3), 3, (5, 5), 2),
+        (nn.Conv2d(16, 12, 1, stride=2), 3, (8, 8), 7),
+        (nn.Conv2d(3, 12, 3, stride=2), 8, (8, 8), 7),
+    ],
+)
+def test_what_no_output_reads_may_be_anything(module, keep, sizes, unread, arrange):
+    x = torch.randn(2, module.in_channels, *sizes)
+    x[:, :, unread] = float("nan")
+    x, weight = arrange(x), arrange(module.weight.detach())
+    args = ConvArgs(module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
+    grad = arrange(torch.randn_like(run(x, weight, None, args)))
+    with torch.no_grad():
+        grads = sparse_backward(grad, x, weight, None, args, (module.in_channels > 3, True, True), keep, "l1")
+    assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_long_sums_keep_what_is_small_beside_them(kernel):
+    """Gradients of a mean are all alike: the worst case of a sum one by one."""
+    channels, groups = 16, 1 if kernel == (1, 1) else 16
+    x, grad = last(torch.ones(24, channels, 112, 112)), last(torch.full((24, channels, 112, 112), 0.1))
+    args = ConvArgs([1, 1], [k // 2 for k in kernel], [1, 1], False, [0, 0], groups)
+    index, weight = torch.arange(4), torch.ones(channels, channels // groups, *kernel)
+    loop = native.products if groups == 1 else native.direct
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _, weight_grad, bias_grad = loop(grad, x, weight, index, args, (False, True, True))
+    finally:
+        torch.set_num_threads(threads)
+    whole = grad.double()[:, 0].sum()
+    torch.testing.assert_close(bias_grad[:4].double(), whole.expand(4), rtol=3e-5, atol=0)
+    middle = weight_grad[:4, :, kernel[0] // 2, kernel[1] // 2].double()
+    torch.testing.assert_close(middle, whole.expand_as(middle), rtol=3e-5, atol=0)
 
 
 def test_data_that_is_not_dense_goes_another_way():

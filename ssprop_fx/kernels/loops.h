@@ -194,7 +194,7 @@ TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pai
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel, *s = geo->stride, *p = geo->padding, *d = geo->dilation;
-    int64_t taps = k[0] * k[1] * k[2], count = (bottom - top) * out[2];
+    int64_t taps = all->taps, count = (bottom - top) * out[2];
     /* rows of the input that these outputs see */
     int64_t first = top * s[1] - p[1], last = (bottom - 1) * s[1] - p[1] + (k[1] - 1) * d[1] + 1;
     first = first < 0 ? 0 : first, last = last > in[1] ? in[1] : last;
@@ -246,11 +246,11 @@ TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pai
 /* All rows of outputs of one sample for some pairs, in strips whose data stays in the cache. clears: no other task writes to
    the sample's input gradient, and its rows become zeros just before they are added to. */
 TARGET static void NAME(direct_sample)(const Layer *all, int64_t sample, const Pair *pairs, int64_t count, int64_t strip,
-                                       int clears, float *memory, float *sums)
+                                       int clears, float *memory, float *parts, float *sums)
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
-    int64_t taps = k[0] * k[1] * k[2], cleared = 0;
+    int64_t taps = all->taps, cleared = 0;
     float *own = all->input_grad ? all->input_grad + sample * all->sample_input : 0;
     clears = clears && own;
     if (clears && in[0] > 1) { /* planes are seen from several others */
@@ -269,7 +269,10 @@ TARGET static void NAME(direct_sample)(const Layer *all, int64_t sample, const P
             for (int64_t first = 0; first < count; first += LANES) {
                 float *dw = sums + first * (taps + 1);
                 int lanes = (int)(count - first < LANES ? count - first : LANES);
-                NAME(direct_rows)(all, sample, pairs + first, lanes, oz, top, bottom, memory, dw, dw + taps * LANES);
+                /* of the strip: a sum over all positions would lose what is small beside it */
+                memset(parts, 0, (size_t)((taps + 1) * LANES) * sizeof(float));
+                NAME(direct_rows)(all, sample, pairs + first, lanes, oz, top, bottom, memory, parts, parts + taps * LANES);
+                for (int64_t i = 0; i < (taps + 1) * LANES; i++) dw[i] += parts[i];
             }
         }
 }
@@ -280,14 +283,14 @@ TARGET static int NAME(direct)(const Layer *all, const Pair *pairs, int threads)
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
     int64_t per_group = all->inputs / all->groups, count = all->kept * per_group, blocks = (count + LANES - 1) / LANES;
-    int64_t taps = k[0] * k[1] * k[2], reach = (k[1] - 1) * geo->dilation[1] + 1;
+    int64_t taps = all->taps, reach = (k[1] - 1) * geo->dilation[1] + 1;
     /* as many rows of outputs as have their part of grad, input and input_grad in 128 KiB, one at least */
     int64_t strip = (128 * 1024 / (int64_t)(sizeof(float) * LANES) - 2 * reach * in[2]) / (2 * geo->stride[1] * in[2] + out[2]);
     strip = strip < 1 ? 1 : strip > out[1] ? out[1] : strip;
     int64_t in_rows = (strip - 1) * geo->stride[1] + reach;
     in_rows = in_rows > in[1] ? in[1] : in_rows;
     size_t sums = (size_t)(blocks * (taps + 1) * LANES);
-    size_t floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + taps));
+    size_t floats = sums + (size_t)(LANES * (2 * in_rows * in[2] + strip * out[2] + 2 * taps + 1));
     float *memory = malloc((size_t)threads * floats * sizeof(float));
     if (!memory) return 1;
     for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, sums * sizeof(float));
@@ -307,7 +310,7 @@ TARGET static int NAME(direct)(const Layer *all, const Pair *pairs, int threads)
             int64_t first = parts > 1 ? task % parts * LANES : 0;
             int64_t some = parts > 1 && count - first > LANES ? LANES : count - first;
             NAME(direct_sample)(all, task / parts, pairs + first, some, strip, parts == 1, own + sums,
-                                own + first * (taps + 1));
+                                own + floats - (taps + 1) * LANES, own + first * (taps + 1));
         }
     }
     for (int64_t j = 0; j < count; j++)

@@ -97,7 +97,7 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
     const Geometry *geo = all->geometry;
     int64_t inputs = all->inputs, kept = all->kept * all->taps, at[ROWS_LAST];
     int64_t apart = (all->taps > 1 ? 1 : geo->stride[2]) * geo->input_position;
-    int even = inputs < 1024; /* the input is read as it lies: rows do not meet in the cache, and are equally far apart */
+    int even = apart < 1024; /* the input is read as it lies: rows do not meet in the cache, and are equally far apart */
     for (const Run *run = runs; run->start < count; run++) {
         for (int64_t r = 0; r < run->count; r++) at[run->start + r] = run->input + r * apart;
         even = even && run->input - runs->input == run->start * apart;
@@ -110,9 +110,13 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
                 for (int64_t j = 0; j < kept; j++) to[j] = from[all->index[j]];
             }
     }
-    if (db && all->taps == 1)
+    for (int64_t first = 0; db && all->taps == 1 && first < kept; first += 64) {
+        float parts[64] = {0}; /* of the strip: a sum over all positions would lose what is small beside it */
+        int64_t some = kept - first < 64 ? kept - first : 64;
         for (int64_t r = 0; r < count; r++)
-            for (int64_t j = 0; j < kept; j++) db[j] += g[r * step + j];
+            for (int64_t j = 0; j < some; j++) parts[j] += g[r * step + first + j];
+        for (int64_t j = 0; j < some; j++) db[first + j] += parts[j];
+    }
     NAME(Vector) sums[8];
     for (int64_t c = 0; c < inputs; c += LANES) {
         int64_t lanes = inputs - c < LANES ? inputs - c : LANES;
