@@ -66,7 +66,7 @@ def after(tensor: Tensor) -> Tensor:
 
 def channels_last(tensor: Tensor) -> bool:
     """Whether channels are the innermost dimension of dense memory, (N, *spatial, C)."""
-    return tensor.shape[1] > 1 and tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+    return tensor.shape[1] > 1 and native.channels_innermost(tensor)
 
 
 def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:

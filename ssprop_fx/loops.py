@@ -47,7 +47,8 @@ def loop_backward(
     Returns:
         The gradients of input, weight and bias, None where not asked for; or None where another way is to be taken.
     """
-    if grad.dtype != torch.float32 or args.transposed or not 2 < input.dim() < 6 or weight.dim() != input.dim():
+    here = grad.device.type == "cpu" and grad.dtype == torch.float32
+    if not here or args.transposed or not 2 < input.dim() < 6 or weight.dim() != input.dim():
         return None
     loop = _loop(grad, input, weight, index.shape[0], args, mask)
     if loop is None:

@@ -78,11 +78,16 @@ def _plain(tensor: Tensor) -> bool:
     return here and tensor.data_ptr() != 0  # autograd's zeros that lie nowhere
 
 
+def channels_innermost(tensor: Tensor) -> bool:
+    """Whether channels are innermost in dense memory: also where there is one position, in either format."""
+    return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+
+
 def steps(tensor: Tensor) -> tuple[int, int] | None:
     """How far apart neighbouring positions, and channels, of (N, K, *spatial) are in dense memory; None if it is not."""
     if tensor.is_contiguous():
         return 1, _positions(tensor)
-    if tensor.dim() > 2 and tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous():
+    if tensor.dim() > 2 and channels_innermost(tensor):
         return tensor.shape[1], 1
     return None
 
@@ -150,7 +155,7 @@ def products(
 
     ``index`` has as many channels of every group, ascending. None, too, for data in two layouts.
     """
-    if _last(grad) and _last(input):
+    if channels_innermost(grad) and channels_innermost(input):
         layouts = (grad.shape[1], 1), (input.shape[1], 1)
     elif grad.is_contiguous() and input.is_contiguous():
         layouts = (1, _positions(grad)), (1, _positions(input))
@@ -180,21 +185,16 @@ def _gradients(
     input_grad = torch.empty_like(input) if mask[0] else None
     weight_grad = torch.zeros_like(kernels) if mask[1] else None
     bias_grad = grad.new_zeros(grad.shape[1]) if mask[2] else None
-    grads = input_grad, weight_grad, bias_grad
     _run(
         "ssprop_gradients", max(grad, input, key=Tensor.numel), loop,
         grad.data_ptr(), input.data_ptr(), kernels.data_ptr(), index.data_ptr(),
         index.shape[0], grad.shape[0], grad.shape[1], input.shape[1], args.groups,
-        (ctypes.c_int64 * len(numbers))(*numbers), *(None if g is None else g.data_ptr() for g in grads),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        *(None if g is None else g.data_ptr() for g in (input_grad, weight_grad, bias_grad)),
     )  # fmt: skip
     if weight_grad is not None and weight_grad.stride() != weight.stride():
         weight_grad = torch.empty_like(weight).copy_(weight_grad)
     return input_grad, weight_grad, bias_grad
-
-
-def _last(tensor: Tensor) -> bool:
-    """Whether channels are innermost in dense memory: also where there is one position, in either format."""
-    return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
 
 
 def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:

@@ -19,6 +19,7 @@ from .errors import SSPropError, nearest
 from .masking import is_masked
 from .policy import Policy
 from .rows import DENSE_STEP, KEEPS_ALL, LOSES, Phase, Plan, Row, markdown_table, of_a_step, text_table
+from .summary import summarized
 
 if TYPE_CHECKING:
     import networkx
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 
 _PHASES = 128
-_UNKNOWN = "before they run in a training step, and in code that another backend compiled; example inputs tell them, too"
 
 
 class _NoPlan:
@@ -369,39 +369,7 @@ class Report:
 
     def summary(self) -> str:
         """Two to six lines: coverage, step, FLOPs, memory; and one for each rule of no effect."""
-        rewritten, would = sum(r.rewritten for r in self.rows), " would be" if self.front_end == "policy" else ""
-        linear = any(r.kind == "linear" for r in self.rows)
-        what = "layers" if linear else "convolutions"
-        lines = [
-            f"{self.model} through {self.front_end}: {rewritten} of {len(self.rows)} {what}{would} rewritten; "
-            f"step {self.step}, factor {self.factor:g}"
-        ]
-        lines += [f"without effect so far: {problem}" for problem in self.unmatched]
-        if self.measurement is not None:
-            lines.append(str(self.measurement))
-        if self.conv_flops is None:
-            why = f"unknown {_UNKNOWN}"
-            if self.measurement is not None:
-                why = "the measured step has no convolution's backward pass"
-            return "\n".join([*lines, f"FLOPs: {why}"])
-        kinds = "convolution and linear" if linear else "convolution"
-        lines.append(f"backward {kinds} FLOPs of a step: {_saved(self.conv_flops)}")
-        unknown = sum(row.rewritten and row.flops_dense is None for row in self.rows)
-        if unknown and self.measurement is None:
-            lines.append(f"{unknown} of the rewritten layers not counted: their FLOPs are unknown {_UNKNOWN}")
-        if self.backward_flops and self.step_flops:
-            lines.append(f"backward FLOPs of a step: {_saved(self.backward_flops)}")
-            lines.append(f"all FLOPs of a step: {_saved(self.step_flops)}")
-        if self.grad_bytes:
-            mebibytes = {when: value / 2**20 for when, value in self.grad_bytes.items()}
-            lines.append(f"memory of output gradients read: {_saved(mebibytes, ' MiB')}")
-        return "\n".join(lines)
-
-
-def _saved(flops: Mapping[str, float], unit: str = "") -> str:
-    dense, now, mean = flops["dense"], flops["now"], flops["mean"]
-    saved = f"{1 - now / dense:.1%} saved at this step, {1 - mean / dense:.1%} over the schedule"
-    return f"{now:.4g} of {dense:.4g}{unit}, {saved}"
+        return summarized(self)
 
 
 __all__ = ["Phase", "Plan", "Report", "Row"]

@@ -42,6 +42,13 @@ typedef struct {
 /* So many floats, in whole cache lines. */
 static size_t lines(int64_t floats) { return (size_t)(floats + 15) / 16 * 16; }
 
+/* Memory for so many floats that begins with a cache line; whole is what is to be freed, null if there is none. */
+static float *aligned(size_t floats, void **whole)
+{
+    *whole = malloc((floats + 16) * sizeof(float));
+    return (float *)(((uintptr_t)*whole + 63) / 64 * 64);
+}
+
 /* Neighbouring positions of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where
    the first of them stands: in grad and input, or in which sample and at which place of the input. */
 typedef struct {

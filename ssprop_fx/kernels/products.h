@@ -232,16 +232,17 @@ TARGET static int NAME(products)(const Layer *all, int threads)
     strips = (one + length - 1) / length;
 
     int64_t dw_rows = (kept + 3) / 4 * 4, panels = (inputs + LANES - 1) / LANES, fours = (inputs + 3) / 4;
-    int64_t step = last ? dw_rows % 64 ? dw_rows : dw_rows + 4 : most + LANES, padded = (kept + 15) / 16 * 16;
+    int64_t step = last ? dw_rows % 64 ? dw_rows : dw_rows + 4 : most + LANES;
+    size_t padded = lines(kept);
     /* a thread's sums for the weight and for the bias, its strip of grad and of what is copied; all begin with a cache line */
     size_t sums = lines(last ? panels * dw_rows * LANES : kept * inputs), strip = lines((last ? most + 3 : dw_rows) * step);
-    size_t floats = sums + (size_t)padded + strip + lines(last ? most * LANES : 6 * step);
+    size_t floats = sums + padded + strip + lines(last ? most * LANES : 6 * step);
     size_t weights = (size_t)(last ? panels * LANES : 4 * fours) * (size_t)kept;
-    void *whole = malloc(((size_t)threads * floats + weights + 16) * sizeof(float));
+    void *whole;
+    float *memory = aligned((size_t)threads * floats + weights, &whole), *w = memory + (size_t)threads * floats;
     if (!whole) return 1;
-    float *memory = (float *)(((uintptr_t)whole + 63) / 64 * 64), *w = memory + (size_t)threads * floats;
     int64_t width = last ? LANES : 4;
-    memset(w, 0, weights * sizeof(float));
+    if (all->input_grad) memset(w, 0, weights * sizeof(float));
     for (int64_t j = 0; all->input_grad && j < kept; j++)
         for (int64_t c = 0; c < inputs; c++)
             w[(c / width * kept + j) * width + c % width] = all->weight[(all->index[j / taps] * inputs + c) * taps + j % taps];
@@ -251,7 +252,7 @@ TARGET static int NAME(products)(const Layer *all, int threads)
         float *dw = memory + (size_t)thread * floats, *db = dw + sums, *g = db + padded, *x = g + strip;
         memset(dw, 0, floats * sizeof(float));
         for (int64_t other = team; !thread && other < threads; other++) /* fewer than were asked for */
-            memset(memory + (size_t)other * floats, 0, (sums + (size_t)padded) * sizeof(float));
+            memset(memory + (size_t)other * floats, 0, (sums + padded) * sizeof(float));
         if (all->input_grad && strided && all_in) {
             memset(all->input_grad + all_in * thread / team, 0,
                    (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));

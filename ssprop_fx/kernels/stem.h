@@ -55,9 +55,9 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
     int64_t kept = all->kept, blocks = (kept + LANES - 1) / LANES, taps = all->inputs * k[2], rows = (taps + 3) / 4 * 4;
     size_t block = lines((k[0] * k[1] * rows + 1) * LANES), sums = (size_t)blocks * block, row = lines(out[2] * LANES);
     size_t floats = sums + row + lines(all->inputs * in[0] * in[1] * (in[2] + 2 * geo->padding[2]));
-    void *whole = malloc(((size_t)threads * floats + 16) * sizeof(float));
+    void *whole;
+    float *memory = aligned((size_t)threads * floats, &whole);
     if (!whole) return 1;
-    float *memory = (float *)(((uintptr_t)whole + 63) / 64 * 64);
     for (int thread = 0; thread < threads; thread++) memset(memory + (size_t)thread * floats, 0, (sums + row) * sizeof(float));
     /* a task is a sample; where there are too few of them, a part of its rows of outputs */
     int64_t lines_out = out[0] * out[1], parts = all->samples < 2 * threads && all->samples % threads ? threads : 1;

@@ -1,0 +1,48 @@
+"""A report in a few lines: what was rewritten, and what a step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import Report
+
+_UNKNOWN = "before they run in a training step, and in code that another backend compiled; example inputs tell them, too"
+
+
+def summarized(report: Report) -> str:
+    """Two to six lines: coverage, step, FLOPs, memory; and one for each rule of no effect."""
+    rewritten, would = sum(r.rewritten for r in report.rows), " would be" if report.front_end == "policy" else ""
+    linear = any(r.kind == "linear" for r in report.rows)
+    what = "layers" if linear else "convolutions"
+    lines = [
+        f"{report.model} through {report.front_end}: {rewritten} of {len(report.rows)} {what}{would} rewritten; "
+        f"step {report.step}, factor {report.factor:g}"
+    ]
+    lines += [f"without effect so far: {problem}" for problem in report.unmatched]
+    if report.measurement is not None:
+        lines.append(str(report.measurement))
+    if report.conv_flops is None:
+        why = f"unknown {_UNKNOWN}"
+        if report.measurement is not None:
+            why = "the measured step has no convolution's backward pass"
+        return "\n".join([*lines, f"FLOPs: {why}"])
+    kinds = "convolution and linear" if linear else "convolution"
+    lines.append(f"backward {kinds} FLOPs of a step: {_saved(report.conv_flops)}")
+    unknown = sum(row.rewritten and row.flops_dense is None for row in report.rows)
+    if unknown and report.measurement is None:
+        lines.append(f"{unknown} of the rewritten layers not counted: their FLOPs are unknown {_UNKNOWN}")
+    if report.backward_flops and report.step_flops:
+        lines.append(f"backward FLOPs of a step: {_saved(report.backward_flops)}")
+        lines.append(f"all FLOPs of a step: {_saved(report.step_flops)}")
+    if report.grad_bytes:
+        mebibytes = {when: value / 2**20 for when, value in report.grad_bytes.items()}
+        lines.append(f"memory of output gradients read: {_saved(mebibytes, ' MiB')}")
+    return "\n".join(lines)
+
+
+def _saved(flops: Mapping[str, float], unit: str = "") -> str:
+    dense, now, mean = flops["dense"], flops["now"], flops["mean"]
+    saved = f"{1 - now / dense:.1%} saved at this step, {1 - mean / dense:.1%} over the schedule"
+    return f"{now:.4g} of {dense:.4g}{unit}, {saved}"
