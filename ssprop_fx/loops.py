@@ -21,13 +21,16 @@ from .convolutions import ConvArgs, conv_backward_flops
 from .dense import Gradients, asked_for
 from .gather import channels_last
 
-# Kept channels of a group times its inputs, of a 1×1 layer: up to so many the loop is quicker than the library's products of
-# matrices; with channels first, for each position of the output.
-_MOST, _MOST_FIRST = 128 * 1024, 1536
+# Kept channels of a group times its inputs, of a 1×1 layer, up to which the loop is quicker than the library's products of
+# matrices. With channels first so many and _MORE_FIRST for each position of the output, but up to _MOST_FIRST; strided layers,
+# for which the library has no quick way, always up to _MOST_STRIDED.
+_MOST = 192 * 1024
+_FIRST, _MORE_FIRST, _MOST_FIRST, _MOST_STRIDED = 32 * 1024, 512, 128 * 1024, 448 * 1024
 
 # Columns, which are kept channels of a group times the kernel's positions, up to which the loop is quicker than the library's
-# convolution: in three dimensions or in groups, and otherwise.
-_COLUMNS, _COLUMNS_PLAIN = 448, 112
+# convolution: in three dimensions or in groups; with channels last of many inputs, if columns times inputs stay in a cache;
+# otherwise; and of inputs that fill one vector.
+_COLUMNS, _CACHED, _COLUMNS_PLAIN, _COLUMNS_THIN = 448, 144 * 1024, 112, 40
 
 
 def loop_backward(
@@ -72,7 +75,7 @@ def _loop(
         return native.direct if last and inputs <= 8 else None
     keep = kept // args.groups
     if taps == 1:
-        fits = all(p == 0 for p in args.padding) and keep * inputs <= (_MOST if last else _most_first(grad))
+        fits = all(p == 0 for p in args.padding) and keep * inputs <= (_MOST if last else _most_first(grad, args))
         return native.products if fits else None
     if args.groups == 1 and not mask[0] and inputs <= 8:  # a network's first layer
         return native.stem if keep >= 8 or not last else None
@@ -85,8 +88,10 @@ def _loop(
         return native.direct if grouped and not last and inputs <= 16 else None
     if input.dim() == 5 or (grouped and not last):
         few = columns <= _COLUMNS
+    elif last and inputs >= 64:
+        few = columns <= _COLUMNS and columns * inputs <= _CACHED
     elif last:  # a vector of inputs is mostly empty, or the columns take as long to write as to use
-        few = (columns <= 40 and inputs >= 16) or (columns <= _COLUMNS_PLAIN and inputs >= 64)
+        few = (columns <= _COLUMNS_THIN and inputs >= 16) or (columns <= _COLUMNS_PLAIN and inputs >= 32)
     else:
         few = columns <= _COLUMNS_PLAIN
     return native.products if few else None
@@ -98,9 +103,12 @@ def _all_read(grad: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     return all(d == 1 or k == 1 or (isinstance(size, int) and size >= d) for size, k, d in parts)
 
 
-def _most_first(grad: Tensor) -> float:
+def _most_first(grad: Tensor, args: ConvArgs) -> int:
+    if any(s > 1 for s in args.stride):
+        return _MOST_STRIDED
     positions = math.prod(grad.shape[2:])
-    return min(_MOST, _MOST_FIRST * positions) if isinstance(positions, int) else _MOST  # a symbol must not be asked
+    known = isinstance(positions, int)  # a symbol must not be asked
+    return min(_MOST_FIRST, _FIRST + _MORE_FIRST * positions) if known else _MOST_FIRST
 
 
 def _kept_backward(

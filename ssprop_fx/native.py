@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of the functions' arguments, as in kernels.c
+VERSION = 4  # of the functions' arguments, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 
@@ -180,8 +181,10 @@ def _gradients(
         _three(args.dilation),
         *layouts,
     ]
+    last = loop != _DIRECT and channels_innermost(weight)
+    geometry.append((1, weight.shape[1]) if last else (math.prod(weight.shape[2:]), 1))
     numbers = [n for part in geometry for n in part]
-    index, kernels = index.contiguous(), weight.contiguous()
+    index, kernels = index.contiguous(), weight if last else weight.contiguous()
     input_grad = torch.empty_like(input) if mask[0] else None
     weight_grad = torch.zeros_like(kernels) if mask[1] else None
     bias_grad = grad.new_zeros(grad.shape[1]) if mask[2] else None

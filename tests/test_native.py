@@ -53,8 +53,8 @@ def tensors(arrangement, samples, inputs, outputs, kernel, sizes, args):
     x = torch.randn(samples, inputs, *sizes)
     weight = torch.randn(outputs, inputs // args.groups, *kernel)
     grad = torch.randn_like(run(x, weight, None, args))
-    if arrangement == "last":
-        return last(grad), last(x), last(weight)
+    if arrangement in ("last", "last, weight first"):
+        return last(grad), last(x), last(weight) if arrangement == "last" else weight
     return grad.contiguous(), x if arrangement == "first" else last(x), weight
 
 
@@ -183,7 +183,7 @@ def test_pointwise_gradients(inputs, outputs, groups, keep, sizes, arrangement):
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups", "keep"), [(20, 3, 1, 1), (33, 7, 1, 3), (3, 5, 1, 2), (36, 6, 2, 1)])
-@pytest.mark.parametrize("arrangement", ["first", "last"])
+@pytest.mark.parametrize("arrangement", ["first", "last", "last, weight first"])
 def test_gradients_of_few_kept_channels(inputs, outputs, groups, keep, arrangement):
     torch.manual_seed(0)
     for args, kernel, sizes, samples in convolutions(inputs, groups):
@@ -228,7 +228,14 @@ def test_which_loop_runs(arrange, monkeypatch):
     assert loops(nn.Conv2d(64, 3, 3), 9, 9, keep=1) == ["products"]
     assert loops(nn.Conv3d(16, 32, 3), 5, 5, 5, keep=8) == ["products"]
     assert loops(nn.Conv2d(64, 3, 3, padding=2), 1, 1, keep=1) == ["products"]
-    for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 3, 3, stride=2), 1), (nn.Conv2d(16, 16, 1, padding=1), 4)]:
+    assert loops(nn.Conv2d(64, 64, 3), 9, 9, keep=16) == ["products"] * (arrange is last)
+    for module, keep in [
+        (nn.Conv2d(64, 64, 3), 56),
+        (nn.Conv2d(512, 64, 3), 48),
+        (nn.Conv2d(64, 3, 3, stride=2), 1),
+        (nn.Conv2d(16, 16, 1, padding=1), 4),
+        (nn.Conv2d(1024, 1024, 1), 200),
+    ]:
         assert loops(module, 9, 9, keep=keep) == []
 
 

@@ -15,15 +15,15 @@ static int omp_get_num_threads(void) { return 1; }
 #endif
 
 /* A convolution's spatial sizes, three of each: those that it has not stand in front and are 1, the padding 0; and how far
-   apart neighbouring positions, and channels, are in memory. */
+   apart neighbouring positions, and channels, are in memory, and in the weight input channels and taps. */
 typedef struct {
     int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
-    int64_t grad_position, grad_channel, input_position, input_channel;
+    int64_t grad_position, grad_channel, input_position, input_channel, weight_input, weight_tap;
 } Geometry;
 
-/* A convolution: grad (samples, channels, out) and input (samples, inputs, in) in one of two layouts each; weight and its
-   gradient contiguous; the kept channels. input_grad, laid out as the input, weight_grad and bias_grad (channels) may be null;
-   the latter two come as zeros. */
+/* A convolution: grad (samples, channels, out), input (samples, inputs, in) and weight in one of two layouts each, the weight
+   contiguous where it is worked on pair by pair; the kept channels. input_grad, laid out as the input, weight_grad, as the weight,
+   and bias_grad (channels) may be null; the latter two come as zeros. */
 typedef struct {
     const float *grad, *input, *weight;
     const int64_t *index;
@@ -39,13 +39,14 @@ typedef struct {
     int64_t output, input, weight;
 } Pair;
 
-/* So many floats, in whole cache lines. */
-static size_t lines(int64_t floats) { return (size_t)(floats + 15) / 16 * 16; }
+/* Floats of a cache line, and so many floats in whole ones. */
+#define LINE 16
+static size_t lines(int64_t floats) { return (size_t)(floats + LINE - 1) / LINE * LINE; }
 
 /* Memory for so many floats that begins with a cache line; whole is what is to be freed, null if there is none. */
 static float *aligned(size_t floats, void **whole)
 {
-    *whole = malloc((floats + 16) * sizeof(float));
+    *whole = malloc((floats + LINE) * sizeof(float));
     return (float *)(((uintptr_t)*whole + 63) / 64 * 64);
 }
 
@@ -55,9 +56,11 @@ typedef struct {
     int64_t start, count, grad, input, sample, place[3];
 } Run;
 
-/* Positions that are worked on together, with channels last and with channels first. */
-#define ROWS_LAST 128
+/* Positions that are worked on together, with channels last and with channels first; after so many of these strips their sums
+   are added to those of the ones before. */
+#define ROWS_LAST 12
 #define ROWS_FIRST 512
+#define FOLDED 64
 
 /* The runs that make count positions, from the first of all samples on; one more ends the list. */
 static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
@@ -81,6 +84,8 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
     }
     runs->start = count;
 }
+
+#define SIX 6 /* rows of a product that are computed side by side */
 
 #define JOIN(a, b) a##b
 #define NAME_(name, variant) JOIN(name, variant)
@@ -126,7 +131,7 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #endif
 
 /* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 3; }
+int ssprop_version(void) { return 4; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 

@@ -5,20 +5,23 @@
    from as many places as the kernel has taps: a convolution of few kept channels is one of 1×1 from these columns, over the
    positions of the input. */
 
-/* sums[i] = Σ of the i-th row's [n · a_step] · b[n · b_step + lane], of four rows and LANES lanes. */
-TARGET static inline void NAME(product)(int64_t count, const float *first, const float *second, const float *third,
-                                        const float *fourth, int64_t a_step, const float *b, int64_t b_step,
-                                        NAME(Vector) sums[8])
+/* sums[i] = Σ a[i][n · a_step] · b[n · b_step + lane], of SIX rows and LANES lanes: as many sums as keep the multipliers busy
+   and the registers hold. */
+TARGET static inline void NAME(product)(int64_t count, const float *const a[SIX], int64_t a_step, const float *b, int64_t b_step,
+                                        NAME(Vector) sums[SIX][2])
 {
-    NAME(Vector) own[8] = {{0}};
-    for (int64_t n = 0; n < count; n++) {
-        NAME(Vector) low = ((const NAME(Vector) *)(b + n * b_step))[0], high = ((const NAME(Vector) *)(b + n * b_step))[1];
-        own[0] += first[n * a_step] * low, own[1] += first[n * a_step] * high;
-        own[2] += second[n * a_step] * low, own[3] += second[n * a_step] * high;
-        own[4] += third[n * a_step] * low, own[5] += third[n * a_step] * high;
-        own[6] += fourth[n * a_step] * low, own[7] += fourth[n * a_step] * high;
+    const float *first = a[0], *second = a[1], *third = a[2], *fourth = a[3], *fifth = a[4], *sixth = a[5];
+    NAME(Vector) own[SIX][2] = {{{0}}};
+    for (int64_t n = 0; n < count * a_step; n += a_step, b += b_step) {
+        NAME(Vector) low = ((const NAME(Vector) *)b)[0], high = ((const NAME(Vector) *)b)[1];
+        own[0][0] += first[n] * low, own[0][1] += first[n] * high;
+        own[1][0] += second[n] * low, own[1][1] += second[n] * high;
+        own[2][0] += third[n] * low, own[2][1] += third[n] * high;
+        own[3][0] += fourth[n] * low, own[3][1] += fourth[n] * high;
+        own[4][0] += fifth[n] * low, own[4][1] += fifth[n] * high;
+        own[5][0] += sixth[n] * low, own[5][1] += sixth[n] * high;
     }
-    for (int i = 0; i < 8; i++) sums[i] = own[i];
+    for (int i = 0; i < SIX; i++) sums[i][0] = own[i][0], sums[i][1] = own[i][1];
 }
 
 /* sums[i][j] = Σ a[i · a_row + n] · b[j][n], of four rows and two. */
@@ -44,17 +47,14 @@ TARGET static inline void NAME(dots)(int64_t count, const float *restrict a, int
         }
 }
 
-/* Up to LANES columns of up to four rows of sums to where they belong, or added to what is there. */
-TARGET static inline void NAME(store)(const NAME(Vector) sums[8], float *const to[4], int64_t rows, int64_t lanes, int add)
+/* Up to LANES columns of some rows of sums to where they belong. */
+TARGET static inline void NAME(store)(const NAME(Vector) sums[SIX][2], float *const to[SIX], int64_t rows, int64_t lanes)
 {
     for (int64_t i = 0; i < rows; i++)
-        if (lanes >= LANES) {
-            NAME(Vector) *own = (NAME(Vector) *)to[i];
-            own[0] = add ? own[0] + sums[2 * i] : sums[2 * i], own[1] = add ? own[1] + sums[2 * i + 1] : sums[2 * i + 1];
-        } else {
-            const float *from = (const float *)(sums + 2 * i);
-            for (int64_t lane = 0; lane < lanes; lane++) to[i][lane] = add ? to[i][lane] + from[lane] : from[lane];
-        }
+        if (lanes >= LANES)
+            ((NAME(Vector) *)to[i])[0] = sums[i][0], ((NAME(Vector) *)to[i])[1] = sums[i][1];
+        else
+            memcpy(to[i], sums[i], (size_t)lanes * sizeof(float));
 }
 
 /* The columns at a run of positions, position by position to_row apart and column by column to_column apart. */
@@ -89,15 +89,16 @@ TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, in
             }
 }
 
-/* A strip of positions, channels last. g (count, step) of the columns, zeros beyond; w and dw in panels of LANES input
-   channels, (panels, columns, LANES) and (panels, rows of dw, LANES). */
+/* A strip of positions, channels last. g (count, step) of the columns; w and dw in panels of LANES input channels,
+   (panels, columns, LANES) and (panels, rows of dw, LANES). What the next strip needs is fetched meanwhile: no processor sees by
+   itself that it is in memory what comes next. */
 TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t count, const float *w, float *g, int64_t step,
                                     float *x, float *dw, int64_t dw_rows, float *db)
 {
     const Geometry *geo = all->geometry;
     int64_t inputs = all->inputs, kept = all->kept * all->taps, at[ROWS_LAST];
-    int64_t apart = (all->taps > 1 ? 1 : geo->stride[2]) * geo->input_position;
-    int even = apart < 1024; /* the input is read as it lies: rows do not meet in the cache, and are equally far apart */
+    int64_t apart = (all->taps > 1 ? 1 : geo->stride[2]) * geo->input_position, next = count * apart;
+    int even = 1; /* the input's rows are equally far apart, and are read as they lie */
     for (const Run *run = runs; run->start < count; run++) {
         for (int64_t r = 0; r < run->count; r++) at[run->start + r] = run->input + r * apart;
         even = even && run->input - runs->input == run->start * apart;
@@ -108,6 +109,8 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
                 const float *restrict from = all->grad + run->grad + r * geo->grad_position;
                 float *restrict to = g + (run->start + r) * step;
                 for (int64_t j = 0; j < kept; j++) to[j] = from[all->index[j]];
+                for (int64_t c = all->index[0]; c <= all->index[kept - 1]; c += LINE)
+                    __builtin_prefetch(from + count * geo->grad_position + c);
             }
     }
     for (int64_t first = 0; db && all->taps == 1 && first < kept; first += 64) {
@@ -117,36 +120,47 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
             for (int64_t j = 0; j < some; j++) parts[j] += g[r * step + first + j];
         for (int64_t j = 0; j < some; j++) db[first + j] += parts[j];
     }
-    NAME(Vector) sums[8];
-    for (int64_t c = 0; c < inputs; c += LANES) {
-        int64_t lanes = inputs - c < LANES ? inputs - c : LANES;
-        if (all->input_grad)
-            for (int64_t r = 0; r < count; r += 4) {
-                float *to[4];
-                for (int64_t i = 0; i < 4; i++) to[i] = all->input_grad + at[r + i < count ? r + i : r] + c;
-                const float *own = g + r * step;
-                NAME(product)(kept, own, own + step, own + 2 * step, own + 3 * step, 1, w + c * kept, LANES, sums);
-                NAME(store)(sums, to, count - r < 4 ? count - r : 4, lanes, 0);
+    NAME(Vector) sums[SIX][2];
+    int64_t near = 8192 / (kept * LANES); /* panels whose weights stay in the nearest cache */
+    near = near ? near * LANES : LANES;
+    for (int64_t begin = 0; begin < inputs; begin += near) {
+        int64_t end = begin + near < inputs ? begin + near : inputs;
+        for (int64_t r = 0; all->input_grad && r < count; r += SIX) {
+            int64_t rows = count - r < SIX ? count - r : SIX;
+            for (int64_t c = begin; c < end; c += LANES) {
+                const float *from[SIX];
+                float *to[SIX];
+                for (int64_t i = 0; i < SIX; i++) from[i] = g + (r + i) * step;
+                for (int64_t i = 0; i < rows; i++) {
+                    to[i] = all->input_grad + at[r + i] + c;
+                    for (int lane = 0; lane < LANES; lane += LINE) __builtin_prefetch(to[i] + next + lane, 1);
+                }
+                NAME(product)(kept, from, 1, w + c * kept, LANES, sums);
+                NAME(store)(sums, to, rows, inputs - c);
             }
-        if (!dw) continue;
-        int direct = even && lanes == LANES;
-        for (int64_t r = 0; !direct && r < count; r++)
-            if (lanes == LANES) {
-                const NAME(Vector) *from = (const NAME(Vector) *)(all->input + at[r] + c);
-                ((NAME(Vector) *)(x + r * LANES))[0] = from[0], ((NAME(Vector) *)(x + r * LANES))[1] = from[1];
-            } else
-                for (int64_t lane = 0; lane < lanes; lane++) x[r * LANES + lane] = all->input[at[r] + c + lane];
-        for (int64_t j = 0; j < dw_rows; j += 4) {
-            float *own = dw + c * dw_rows + j * LANES, *to[4] = {own, own + LANES, own + 2 * LANES, own + 3 * LANES};
-            NAME(product)(count, g + j, g + j + 1, g + j + 2, g + j + 3, step, direct ? all->input + at[0] + c : x,
-                          direct ? apart : LANES, sums);
-            NAME(store)(sums, to, 4, LANES, 1);
+        }
+        for (int64_t c = begin; dw && c < end; c += LANES) {
+            const float *from = all->input + at[0] + c;
+            /* a share of them, in the order of memory, which takes less than row by row */
+            for (int64_t i = 0; i < count * LANES; i += LINE) __builtin_prefetch(all->input + at[0] + next + c * count + i);
+            if (!even || inputs - c < LANES) {
+                int64_t lanes = inputs - c < LANES ? inputs - c : LANES;
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t lane = 0; lane < lanes; lane++) x[r * LANES + lane] = all->input[at[r] + c + lane];
+                from = x;
+            }
+            for (int64_t j = 0; j < dw_rows; j += SIX) {
+                const float *columns[SIX] = {g + j, g + j + 1, g + j + 2, g + j + 3, g + j + 4, g + j + 5};
+                NAME(Vector) *own = (NAME(Vector) *)(dw + c * dw_rows + j * LANES);
+                NAME(product)(count, columns, step, from, from == x ? LANES : apart, sums);
+                for (int i = 0; i < SIX; i++) own[2 * i] += sums[i][0], own[2 * i + 1] += sums[i][1];
+            }
         }
     }
 }
 
-/* The same with channels first. g (columns, step); w in panels of four input channels, (panels, columns, 4); x (2, step) and
-   dx (4, step) for what is no single run in memory; dw (columns, inputs). */
+/* The same with channels first. g (columns, step); w in panels of SIX input channels, (panels, columns, SIX); x (2, step)
+   and dx (SIX, step) for what is no single run in memory; dw (columns, inputs). */
 TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t count, const float *w, float *g, int64_t step,
                                      float *x, float *dx, float *dw, float *db)
 {
@@ -173,16 +187,17 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
         }
     }
     if (all->input_grad)
-        for (int64_t c = 0; c < inputs; c += 4) {
-            int64_t rows = inputs - c < 4 ? inputs - c : 4;
+        for (int64_t c = 0; c < inputs; c += SIX) {
+            int64_t rows = inputs - c < SIX ? inputs - c : SIX;
             for (int64_t p = 0; p < count; p += LANES) {
-                NAME(Vector) sums[8];
-                float *to[4];
-                for (int64_t i = 0; i < 4; i++)
+                NAME(Vector) sums[SIX][2];
+                const float *from[SIX];
+                float *to[SIX];
+                for (int64_t i = 0; i < SIX; i++) from[i] = w + c * kept + i;
+                for (int64_t i = 0; i < rows; i++)
                     to[i] = (whole ? all->input_grad + runs[0].input + (c + i) * geo->input_channel : dx + i * step) + p;
-                const float *own = w + c * kept;
-                NAME(product)(kept, own, own + 1, own + 2, own + 3, 4, g + p, step, sums);
-                NAME(store)(sums, to, rows, count - p, 0);
+                NAME(product)(kept, from, SIX, g + p, step, sums);
+                NAME(store)(sums, to, rows, count - p);
             }
             for (const Run *run = runs; !whole && run->start < count; run++)
                 for (int64_t i = 0; i < rows; i++) {
@@ -215,6 +230,21 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
     }
 }
 
+/* Where in the weight a column and an input channel meet. */
+TARGET static inline int64_t NAME(place)(const Layer *all, int64_t column, int64_t c)
+{
+    int64_t output = all->index[column / all->taps], tap = column % all->taps;
+    return output * all->inputs * all->taps + c * all->geometry->weight_input + tap * all->geometry->weight_tap;
+}
+
+/* A sum of all threads, each floats after the one before, and of their earlier strips, if those stand apart. */
+TARGET static inline double NAME(total)(const float *own, int64_t threads, size_t floats, size_t earlier)
+{
+    double sum = 0;
+    for (int64_t thread = 0; thread < threads; thread++, own += floats) sum += (double)own[0] + (earlier ? own[earlier] : 0);
+    return sum;
+}
+
 /* Gradients of a convolution of one group, or of one of several, from its kept channels; see Layer for the arguments. */
 TARGET static int NAME(products)(const Layer *all, int threads)
 {
@@ -231,34 +261,39 @@ TARGET static int NAME(products)(const Layer *all, int threads)
     if (!last && one > positions) length = length < positions ? positions : length / positions * positions;
     strips = (one + length - 1) / length;
 
-    int64_t dw_rows = (kept + 3) / 4 * 4, panels = (inputs + LANES - 1) / LANES, fours = (inputs + 3) / 4;
-    int64_t step = last ? dw_rows % 64 ? dw_rows : dw_rows + 4 : most + LANES;
-    size_t padded = lines(kept);
-    /* a thread's sums for the weight and for the bias, its strip of grad and of what is copied; all begin with a cache line */
-    size_t sums = lines(last ? panels * dw_rows * LANES : kept * inputs), strip = lines((last ? most + 3 : dw_rows) * step);
-    size_t floats = sums + padded + strip + lines(last ? most * LANES : 6 * step);
-    size_t weights = (size_t)(last ? panels * LANES : 4 * fours) * (size_t)kept;
+    int64_t dw_rows = (kept + SIX - 1) / SIX * SIX, width = last ? LANES : SIX, panels = (inputs + width - 1) / width;
+    int64_t step = last ? dw_rows % 32 ? dw_rows : dw_rows + SIX : most + LANES;
+    /* a thread's sums for the weight and for the bias, those of its earlier strips, its strip of grad and of what is copied; all
+       begin with a cache line */
+    size_t weight_sums = lines(last ? panels * dw_rows * LANES : kept * inputs), sums = weight_sums + lines(kept);
+    size_t earlier = ones * strips > FOLDED * threads ? sums : 0, strip = lines((last ? most + SIX : dw_rows) * step);
+    size_t floats = sums + earlier + strip + lines(last ? most * LANES : (2 + SIX) * step);
+    size_t weights = lines(panels * width * kept);
     void *whole;
     float *memory = aligned((size_t)threads * floats + weights, &whole), *w = memory + (size_t)threads * floats;
     if (!whole) return 1;
-    int64_t width = last ? LANES : 4;
-    if (all->input_grad) memset(w, 0, weights * sizeof(float));
-    for (int64_t j = 0; all->input_grad && j < kept; j++)
-        for (int64_t c = 0; c < inputs; c++)
-            w[(c / width * kept + j) * width + c % width] = all->weight[(all->index[j / taps] * inputs + c) * taps + j % taps];
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float *dw = memory + (size_t)thread * floats, *db = dw + sums, *g = db + padded, *x = g + strip;
+        float *dw = memory + (size_t)thread * floats, *db = dw + weight_sums, *g = dw + sums + earlier, *x = g + strip;
         memset(dw, 0, floats * sizeof(float));
         for (int64_t other = team; !thread && other < threads; other++) /* fewer than were asked for */
-            memset(memory + (size_t)other * floats, 0, (sums + padded) * sizeof(float));
+            memset(memory + (size_t)other * floats, 0, (sums + earlier) * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < (all->input_grad ? panels : 0); panel++)
+            for (int64_t j = 0; j < kept; j++) {
+                int64_t lanes = inputs - panel * width < width ? inputs - panel * width : width;
+                const float *from = all->weight + NAME(place)(all, j, panel * width);
+                float *to = w + (panel * kept + j) * width;
+                for (int64_t c = 0; c < width; c++) to[c] = c < lanes ? from[c * geo->weight_input] : 0;
+            }
         if (all->input_grad && strided && all_in) {
             memset(all->input_grad + all_in * thread / team, 0,
                    (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));
 #pragma omp barrier
         }
         Run runs[ROWS_FIRST + 1];
+        int64_t done = 0;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < ones * strips; task++) {
             int64_t begin = task / strips * one + task % strips * length, end = task / strips * one + one;
@@ -269,20 +304,20 @@ TARGET static int NAME(products)(const Layer *all, int threads)
                 NAME(strip_last)(all, runs, count, w, g, step, x, own, dw_rows, bias);
             else
                 NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, own, bias);
+            if (earlier && ++done % FOLDED == 0) /* or a long sum would lose what is small beside it */
+                for (size_t i = 0; i < sums; i++) dw[i + sums] += dw[i], dw[i] = 0;
         }
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < kept; j++) {
-            for (int64_t c = 0; all->weight_grad && c < inputs; c++) {
-                const float *own = memory + (last ? (c / LANES * dw_rows + j) * LANES + c % LANES : j * inputs + c);
-                double sum = 0;
-                for (int64_t other = 0; other < threads; other++) sum += own[(size_t)other * floats];
-                all->weight_grad[(all->index[j / taps] * inputs + c) * taps + j % taps] = (float)sum;
+            for (int64_t c = 0; all->weight_grad && c < inputs; c += LANES) {
+                const float *own = memory + (last ? c * dw_rows + j * LANES : j * inputs + c);
+                float *to = all->weight_grad + NAME(place)(all, j, c);
+                for (int64_t lane = 0; lane < LANES && c + lane < inputs; lane++)
+                    to[lane * geo->weight_input] = (float)NAME(total)(own + lane, threads, floats, earlier);
             }
             if (!all->bias_grad || j % taps) continue;
             const float *own = all->grad + all->index[j / taps] * geo->grad_channel;
-            double sum = 0;
-            for (int64_t other = 0; taps == 1 && other < threads; other++)
-                sum += memory[(size_t)other * floats + sums + (size_t)j];
+            double sum = taps == 1 ? NAME(total)(memory + weight_sums + j, threads, floats, earlier) : 0;
             for (int64_t p = 0; taps > 1 && p < all->samples * outputs; p++)
                 sum += own[p / outputs * all->sample_grad + p % outputs * geo->grad_position];
             all->bias_grad[all->index[j / taps]] = (float)sum;

@@ -24,24 +24,22 @@ TARGET static void NAME(stem_row)(const Layer *all, int64_t oz, int64_t oy, cons
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *k = geo->kernel;
-    int64_t width = in[2] + 2 * geo->padding[2], taps = all->inputs * k[2], rows = (taps + 3) / 4 * 4;
+    int64_t width = in[2] + 2 * geo->padding[2], taps = all->inputs * k[2], rows = (taps + SIX - 1) / SIX * SIX;
     for (int64_t a = 0; a < k[0]; a++) {
         int64_t iz = oz * geo->stride[0] - geo->padding[0] + a * geo->dilation[0];
         if (iz < 0 || iz >= in[0]) continue;
         for (int64_t b = 0; b < k[1]; b++) {
             int64_t iy = oy * geo->stride[1] - geo->padding[1] + b * geo->dilation[1];
             if (iy < 0 || iy >= in[1]) continue;
-            for (int64_t first = 0; first < rows; first += 4) {
-                const float *x[4];
-                float *own = dw + ((a * k[1] + b) * rows + first) * LANES;
-                float *to[4] = {own, own + LANES, own + 2 * LANES, own + 3 * LANES};
-                for (int64_t i = 0; i < 4; i++) {
+            for (int64_t first = 0; first < rows; first += SIX) {
+                const float *x[SIX];
+                NAME(Vector) *own = (NAME(Vector) *)(dw + ((a * k[1] + b) * rows + first) * LANES), sums[SIX][2];
+                for (int64_t i = 0; i < SIX; i++) {
                     int64_t tap = first + i < taps ? first + i : first;
                     x[i] = padded + ((tap / k[2] * in[0] + iz) * in[1] + iy) * width + tap % k[2] * geo->dilation[2];
                 }
-                NAME(Vector) sums[8];
-                NAME(product)(geo->out[2], x[0], x[1], x[2], x[3], geo->stride[2], g, LANES, sums);
-                NAME(store)(sums, to, 4, LANES, 1);
+                NAME(product)(geo->out[2], x, geo->stride[2], g, LANES, sums);
+                for (int i = 0; i < SIX; i++) own[2 * i] += sums[i][0], own[2 * i + 1] += sums[i][1];
             }
         }
     }
@@ -52,7 +50,7 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
 {
     const Geometry *geo = all->geometry;
     const int64_t *in = geo->in, *out = geo->out, *k = geo->kernel;
-    int64_t kept = all->kept, blocks = (kept + LANES - 1) / LANES, taps = all->inputs * k[2], rows = (taps + 3) / 4 * 4;
+    int64_t kept = all->kept, blocks = (kept + LANES - 1) / LANES, taps = all->inputs * k[2], rows = (taps + SIX - 1) / SIX * SIX;
     size_t block = lines((k[0] * k[1] * rows + 1) * LANES), sums = (size_t)blocks * block, row = lines(out[2] * LANES);
     size_t floats = sums + row + lines(all->inputs * in[0] * in[1] * (in[2] + 2 * geo->padding[2]));
     void *whole;
@@ -89,7 +87,8 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
             double sum = 0;
             for (int thread = 0; thread < threads; thread++) sum += own[(size_t)thread * floats + (size_t)(place * LANES)];
             float *weight = all->weight_grad, *bias = all->bias_grad;
-            if (c < all->inputs && weight) weight[all->index[j] * all->inputs * all->taps + tap] = (float)sum;
+            int64_t at = all->index[j] * all->inputs * all->taps + c * geo->weight_input + rest * geo->weight_tap;
+            if (c < all->inputs && weight) weight[at] = (float)sum;
             if (c == all->inputs && bias) bias[all->index[j]] = (float)sum;
         }
     }

@@ -162,6 +162,7 @@ def test_ssprop_denoising_unet_with_1d_attention_projections():
 
 @slow
 def test_fod_restoration():
+    pytest.importorskip("einops")  # which monai's attention asks for, and does not bring
     unet = monai().DiffusionModelUNet(
         spatial_dims=3, in_channels=2, out_channels=1, num_res_blocks=1, channels=(8, 16), attention_levels=(False, True),
         norm_num_groups=4, num_head_channels=4, with_conditioning=True, cross_attention_dim=12,
