@@ -127,5 +127,10 @@ class Intercepted(functools.partial):
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.args[1])
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """Of that forward, too: Dynamo asks a ``torch.fx.GraphModule`` for it."""
+        return self.args[1].__code__
+
 
 __all__ = ["CallSites", "Intercepted", "functional_name", "run_intercepted"]

@@ -288,6 +288,15 @@ def test_what_torch_fx_makes_of_a_transformed_model():
     assert zero_rows(step(first)["1.weight"]) == 4
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_graph_of_torch_fx_is_transformed_and_compiled(within):
+    """Dynamo asks a GraphModule's forward, which interception replaces, for its code."""
+    graph = torch.fx.symbolic_trace(Functional())
+    first = transformed(nn.Sequential(graph, nn.ReLU()) if within else graph, policy())
+    model = torch.compile(first, backend="ssprop", options={"inner": "aot_eager"}, fullgraph=True)
+    assert [zero_rows(grad) for grad in step(model).values()] == [4]
+
+
 def test_the_original_of_a_transformed_model_is_compiled_under_another_policy():
     for _ in range(3):
         torch._dynamo.reset()
