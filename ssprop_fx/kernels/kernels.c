@@ -22,8 +22,8 @@ typedef struct {
 } Geometry;
 
 /* A convolution: grad (samples, channels, out), input (samples, inputs, in) and weight in one of two layouts each, the weight
-   contiguous where it is worked on pair by pair; the kept channels. input_grad, laid out as the input, weight_grad, as the weight,
-   and bias_grad (channels) may be null; the latter two come as zeros. */
+   contiguous where it is worked on pair by pair; the kept channels. input_grad, laid out as the input, weight_grad, as the
+   weight, and bias_grad (channels) may be null; the latter two come as zeros. */
 typedef struct {
     const float *grad, *input, *weight;
     const int64_t *index;

@@ -24,7 +24,7 @@ TARGET static inline void NAME(product)(int64_t count, const float *const a[SIX]
     for (int i = 0; i < SIX; i++) sums[i][0] = own[i][0], sums[i][1] = own[i][1];
 }
 
-/* sums[i][j] = Σ a[i · a_row + n] · b[j][n], of four rows and two. */
+/* sums[i][j] = Σ a[i · a_row + n] · b[j][n], of four rows and two; rows beyond the last one are read, and their sums unused. */
 TARGET static inline void NAME(dots)(int64_t count, const float *restrict a, int64_t a_row, const float *const b[2],
                                      float sums[4][2])
 {
@@ -266,7 +266,7 @@ TARGET static int NAME(products)(const Layer *all, int threads)
     /* a thread's sums for the weight and for the bias, those of its earlier strips, its strip of grad and of what is copied; all
        begin with a cache line */
     size_t weight_sums = lines(last ? panels * dw_rows * LANES : kept * inputs), sums = weight_sums + lines(kept);
-    size_t earlier = ones * strips > FOLDED * threads ? sums : 0, strip = lines((last ? most + SIX : dw_rows) * step);
+    size_t earlier = ones * strips > FOLDED * threads ? sums : 0, strip = lines((last ? most + SIX : dw_rows + 2) * step);
     size_t floats = sums + earlier + strip + lines(last ? most * LANES : (2 + SIX) * step);
     size_t weights = lines(panels * width * kept);
     void *whole;
