@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of the functions' arguments, as in kernels.c
+VERSION = 5  # of the functions' arguments, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 
@@ -31,7 +30,7 @@ _DIRECT, _STEM, _PRODUCTS = range(3)  # as in kernels.c
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
-    "ssprop_abs_sum": [_POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT],
+    "ssprop_abs_sum": [_POINTER, *[_LONG] * 6, _POINTER, _INT],
     "ssprop_kept_channels": [_POINTER, _LONG, _LONG, _LONG, _POINTER],
     "ssprop_take_last": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ssprop_gradients": [_INT, *[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
@@ -84,13 +83,29 @@ def channels_innermost(tensor: Tensor) -> bool:
     return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
 
 
-def steps(tensor: Tensor) -> tuple[int, int] | None:
-    """How far apart neighbouring positions, and channels, of (N, K, *spatial) are in dense memory; None if it is not."""
-    if tensor.is_contiguous():
-        return 1, _positions(tensor)
-    if tensor.dim() > 2 and channels_innermost(tensor):
+def steps(tensor: Tensor) -> tuple[int, int, int] | None:
+    """How far apart samples, neighbouring positions, and channels of (N, K, *spatial) are in memory.
+
+    None if positions are not equally far apart. What is cut from the channels of another tensor has steps, too.
+    """
+    sample, channel, *spatial = tensor.stride()
+    position = whole = sample  # of a single position
+    for size, step in zip(reversed(tensor.shape[2:]), reversed(spatial), strict=True):
+        if size == 1:
+            continue
+        if whole is sample:
+            position = whole = step
+        if step != whole:
+            return None
+        whole = step * size
+    return sample, position, channel
+
+
+def _dense_steps(tensor: Tensor) -> tuple[int, int] | None:
+    """How far apart positions and channels are in dense memory, in one of the two layouts; None in any other."""
+    if channels_innermost(tensor):
         return tensor.shape[1], 1
-    return None
+    return (1, _positions(tensor)) if tensor.is_contiguous() else None
 
 
 def _positions(tensor: Tensor) -> int:
@@ -98,13 +113,19 @@ def _positions(tensor: Tensor) -> int:
 
 
 def abs_sum(grad: Tensor) -> Tensor | None:
-    """The sum of |grad| over batch and space: (N, K, *spatial) → (K,); None for data that is not dense."""
+    """The sum of |grad| over batch and space: (N, K, *spatial) → (K,).
+
+    None where neither channels nor positions lie side by side.
+    """
     layout = steps(grad)
     if layout is None:
         return None
+    sample, position, channel = layout
+    even = grad.shape[0] == 1 or sample == position * _positions(grad)
+    if not (even if channel == 1 else position == 1):
+        return None
     sums = grad.new_empty(grad.shape[1])
-    last = layout[1] == 1
-    _run("ssprop_abs_sum", grad, grad.data_ptr(), grad.shape[0], grad.shape[1], _positions(grad), last, sums.data_ptr())
+    _run("ssprop_abs_sum", grad, grad.data_ptr(), *grad.shape[:2], _positions(grad), *layout, sums.data_ptr())
     return sums
 
 
@@ -139,14 +160,15 @@ def direct(
         mask: which of the gradients of input, weight and bias to compute.
 
     Returns:
-        The gradients of input, weight and bias, None where not asked for; or None for data that is not dense.
+        The gradients of input, weight and bias, None where not asked for; or None for an input that is not dense, or a gradient
+        whose positions are not equally far apart.
     """
-    return _in_any_layout(_DIRECT, grad, input, weight, index, args, mask)
+    return _gradients(_DIRECT, grad, input, weight, index, args, mask)
 
 
 def stem(grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]) -> Gradients | None:
     """The same of weight and bias only, for an ungrouped convolution of few input channels."""
-    return _in_any_layout(_STEM, grad, input, weight, index, args, mask)
+    return _gradients(_STEM, grad, input, weight, index, args, mask)
 
 
 def products(
@@ -154,32 +176,23 @@ def products(
 ) -> Gradients | None:
     """The same as products of matrices: for 1×1 convolutions without padding, and for others of few kept channels.
 
-    ``index`` has as many channels of every group, ascending. None, too, for data in two layouts.
+    ``index`` has as many channels of every group, ascending.
     """
-    if channels_innermost(grad) and channels_innermost(input):
-        layouts = (grad.shape[1], 1), (input.shape[1], 1)
-    elif grad.is_contiguous() and input.is_contiguous():
-        layouts = (1, _positions(grad)), (1, _positions(input))
-    else:
-        return None
-    return _gradients(_PRODUCTS, grad, input, weight, index, args, mask, layouts)
-
-
-def _in_any_layout(
-    loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
-) -> Gradients | None:
-    layouts = steps(grad), steps(input)
-    return None if None in layouts else _gradients(loop, grad, input, weight, index, args, mask, layouts)
+    return _gradients(_PRODUCTS, grad, input, weight, index, args, mask)
 
 
 def _gradients(
-    loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], layouts: Any
-) -> Gradients:
-    geometry = [
+    loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
+) -> Gradients | None:
+    grad_steps, input_steps = steps(grad), _dense_steps(input)
+    if grad_steps is None or input_steps is None:
+        return None
+    geometry: list[Sequence[int]] = [
         *(_three(sizes) for sizes in (input.shape[2:], grad.shape[2:], weight.shape[2:], args.stride)),
         _three(args.padding, 0),
         _three(args.dilation),
-        *layouts,
+        grad_steps,
+        input_steps,
     ]
     last = loop != _DIRECT and channels_innermost(weight)
     geometry.append((1, weight.shape[1]) if last else (math.prod(weight.shape[2:]), 1))

@@ -192,6 +192,63 @@ def test_gradients_of_few_kept_channels(inputs, outputs, groups, keep, arrangeme
             check(native.products, *given, some(outputs, groups, keep), args, SOME)
 
 
+def cut(tensor):
+    """The same numbers as some channels of a tensor with more."""
+    around = tensor.new_full((tensor.shape[0], 2, *tensor.shape[2:]), float("nan"))
+    whole = torch.cat([around, tensor, around], 1)
+    whole = last(whole) if native.channels_innermost(tensor) else whole.contiguous()
+    return whole[:, 2:-2]
+
+
+GRADIENTS = {
+    "first": torch.Tensor.contiguous,
+    "last": last,
+    "first, cut": lambda grad: cut(grad.contiguous()),
+    "last, cut": lambda grad: cut(last(grad)),
+    # numbers of few bits, whose sums are exact: equal ones round to the same side, see test_long_sums_keep_what_is_small_beside_them
+    "of a sum": lambda grad: grad.new_tensor(0.75).expand_as(grad),
+    "of a mean": lambda grad: (
+        (8 * grad.flatten(2).sum(2)).round().div(8).view(*grad.shape[:2], *[1] * (grad.dim() - 2)).expand_as(grad)
+    ),
+    "of a transposed one": lambda grad: grad.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("arrangement", ["first", "last"])
+@pytest.mark.parametrize(
+    ("loop", "inputs", "outputs", "groups", "keep", "kernel", "stride", "masks"),
+    [
+        ("products", 20, 36, 1, 7, 1, 1, SOME),
+        ("products", 20, 36, 1, 7, 1, 2, SOME),
+        ("products", 36, 40, 2, 3, 1, 1, SOME),
+        ("products", 20, 40, 1, 19, 3, 1, SOME),
+        ("products", 36, 12, 2, 1, 3, 1, SOME),
+        ("direct", 24, 24, 24, 1, 3, 1, SOME),
+        ("direct", 24, 12, 6, 1, 3, 2, SOME),
+        ("stem", 3, 40, 1, 9, 3, 2, [(False, True, True), (False, True, False)]),
+    ],
+)
+def test_a_gradient_may_lie_in_any_way(loop, inputs, outputs, groups, keep, kernel, stride, masks, arrangement, gradient):
+    torch.manual_seed(0)
+    for sizes, samples in itertools.product([(7,), (9, 12), (33, 31), (3, 4, 5)], (1, 3)):
+        dim = len(sizes)
+        args = ConvArgs([stride] * dim, [kernel // 2] * dim, [1] * dim, False, [0] * dim, groups)
+        grad, x, weight = tensors(arrangement, samples, inputs, outputs, [kernel] * dim, sizes, args)
+        grad = GRADIENTS[gradient](grad)
+        check(getattr(native, loop), grad, x, weight, some(outputs, groups, keep), args, masks)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_importance_of_a_gradient_that_lies_in_any_way(gradient):
+    for shape in [(3, 5, 7), (2, 70, 33, 31), (1, 8, 4, 4), (4, 3, 1, 1), (3, 1, 6, 6)]:
+        grad = GRADIENTS[gradient](torch.randn(*shape))
+        exact = grad.double().abs().flatten(2).sum((0, 2))
+        torch.testing.assert_close(importance(grad, None, "l1").double(), exact, rtol=1e-6, atol=0)
+        if "cut" in gradient:  # quickly
+            assert native.abs_sum(grad) is not None or shape[0] > shape[1] == 1
+
+
 MODULES = {
     "depthwise": nn.Conv2d(32, 32, 3, padding=1, groups=32),
     "pointwise": nn.Conv2d(8, 40, 1),
@@ -354,8 +411,7 @@ def test_long_sums_keep_what_is_small_beside_them(kernel):
 
 
 def test_data_that_is_not_dense_goes_another_way():
-    whole = torch.randn(2, 6, 8, 8)
-    part = whole[:, ::2, 1:5]
+    part = torch.randn(2, 6, 8, 8)[..., 1:5]
     assert native.abs_sum(part) is None
     torch.testing.assert_close(importance(part, None, "l1"), part.abs().sum((0, 2, 3)))
     assert torch.equal(take(part, 1, torch.tensor([2])), part[:, [2]])

@@ -15,14 +15,14 @@ static int omp_get_num_threads(void) { return 1; }
 #endif
 
 /* A convolution's spatial sizes, three of each: those that it has not stand in front and are 1, the padding 0; and how far
-   apart neighbouring positions, and channels, are in memory, and in the weight input channels and taps. */
+   apart samples, neighbouring positions, and channels, are in memory, and in the weight input channels and taps. */
 typedef struct {
     int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
-    int64_t grad_position, grad_channel, input_position, input_channel, weight_input, weight_tap;
+    int64_t grad_sample, grad_position, grad_channel, input_position, input_channel, weight_input, weight_tap;
 } Geometry;
 
-/* A convolution: grad (samples, channels, out), input (samples, inputs, in) and weight in one of two layouts each, the weight
-   contiguous where it is worked on pair by pair; the kept channels. input_grad, laid out as the input, weight_grad, as the
+/* A convolution: grad (samples, channels, out) in any layout, input (samples, inputs, in) and weight in one of two each, the
+   weight contiguous where it is worked on pair by pair; the kept channels. input_grad, laid out as the input, weight_grad, as the
    weight, and bias_grad (channels) may be null; the latter two come as zeros. */
 typedef struct {
     const float *grad, *input, *weight;
@@ -30,7 +30,7 @@ typedef struct {
     int64_t kept, samples, channels, inputs, groups;
     const Geometry *geometry;
     float *input_grad, *weight_grad, *bias_grad;
-    int64_t taps, sample_grad, sample_input; /* of the kernel; elements of a sample */
+    int64_t taps, sample_input; /* of the kernel; elements of a sample */
     int clears; /* input_grad is to become zeros where nothing is written */
 } Layer;
 
@@ -70,13 +70,14 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
     int64_t outputs = out[0] * out[1] * out[2], inputs = in[0] * in[1] * in[2], done = 0;
     int one = all->taps == 1, strided = one && (s[0] > 1 || s[1] > 1 || s[2] > 1), last = geo->input_channel == 1;
     int64_t positions = one ? outputs : inputs;
-    int64_t width = !one ? in[2] : strided ? out[2] : last ? all->samples * outputs : outputs;
+    int even = last && geo->grad_sample == outputs * geo->grad_position; /* all samples' positions are one row */
+    int64_t width = !one ? in[2] : strided ? out[2] : even ? all->samples * outputs : outputs;
     while (done < count) {
         int64_t sample = (first + done) / positions, p = (first + done) % positions, rest = width - (first + done) % width;
         int64_t z = p / (out[1] * out[2]) * s[0], y = p / out[2] % out[1] * s[1], x = p % out[2] * s[2];
         int64_t seen = strided ? (z * in[1] + y) * in[2] + x : p;
         runs->start = done, runs->count = rest < count - done ? rest : count - done;
-        runs->grad = sample * all->sample_grad + p * geo->grad_position;
+        runs->grad = sample * geo->grad_sample + p * geo->grad_position;
         runs->input = sample * all->sample_input + seen * geo->input_position;
         runs->sample = sample;
         runs->place[0] = seen / (in[1] * in[2]), runs->place[1] = seen / in[2] % in[1], runs->place[2] = seen % in[2];
@@ -131,15 +132,17 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #endif
 
 /* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 4; }
+int ssprop_version(void) { return 5; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
-int ssprop_abs_sum(const float *grad, int64_t samples, int64_t channels, int64_t positions, int last, float *sums,
-                   int threads)
+/* Sums of |grad| over samples and positions. sample, position and channel: how far apart neighbouring ones are in memory; either
+   channels or positions lie side by side, and then positions are equally far apart across samples. */
+int ssprop_abs_sum(const float *grad, int64_t samples, int64_t channels, int64_t positions, int64_t sample, int64_t position,
+                   int64_t channel, float *sums, int threads)
 {
-    return last ? RUN(abs_sum_last, grad, samples * positions, channels, sums, threads)
-                : RUN(abs_sum_first, grad, samples, channels, positions, sums, threads);
+    return channel == 1 ? RUN(abs_sum_last, grad, samples * positions, position, channels, sums, threads)
+                        : RUN(abs_sum_first, grad, samples, sample, channels, channel, positions, sums, threads);
 }
 
 /* The keep channels of each group with the highest scores, ascending; NaN ranks first, of equal ones the first. */
@@ -215,13 +218,12 @@ int ssprop_gradients(int loop, const float *grad, const float *input, const floa
                      float *input_grad, float *weight_grad, float *bias_grad, int threads)
 {
     enum { DIRECT, STEM, PRODUCTS }; /* as in native.py */
-    const int64_t *k = geometry->kernel, *out = geometry->out, *in = geometry->in;
+    const int64_t *k = geometry->kernel, *in = geometry->in;
     Layer all = {
         .grad = grad, .input = input, .weight = weight, .index = index, .geometry = geometry,
         .kept = kept, .samples = samples, .channels = channels, .inputs = inputs, .groups = groups,
         .input_grad = input_grad, .weight_grad = weight_grad, .bias_grad = bias_grad,
-        .taps = k[0] * k[1] * k[2], .sample_grad = channels * out[0] * out[1] * out[2],
-        .sample_input = inputs * in[0] * in[1] * in[2], .clears = 1,
+        .taps = k[0] * k[1] * k[2], .sample_input = inputs * in[0] * in[1] * in[2], .clears = 1,
     };
     return loop == DIRECT ? direct(&all, threads) : loop == STEM ? RUN(stem, &all, threads) : products(all, threads);
 }

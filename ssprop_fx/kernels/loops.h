@@ -6,14 +6,15 @@ typedef float NAME(Vector) __attribute__((vector_size(BYTES), aligned(sizeof(flo
 /* Channels that are computed side by side, in two vectors. */
 #define LANES (2 * BYTES / (int)sizeof(float))
 
-/* Sums of |grad| over the rows of (rows, channels), in single precision for a few hundred rows, then in double. */
-TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t channels, float *sums, int threads)
+/* Sums of |grad| over the rows of (rows, channels), apart from each other, in single precision for a few hundred rows, then in
+   double. */
+TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t apart, int64_t channels, float *sums, int threads)
 {
     enum { ROWS = 256, WIDTH = 8 };
     /* few channels: several rows are one, or vectors would be mostly empty */
     int64_t together = 1;
-    while (channels * together < 8 * WIDTH && rows >= 64 * together) together *= 2;
-    int64_t width = channels * together, wide = rows / together;
+    while (apart == channels && channels * together < 8 * WIDTH && rows >= 64 * together) together *= 2;
+    int64_t width = channels * together, wide = rows / together, next = apart * together;
     double *totals = calloc((size_t)(threads * width), sizeof(double));
     float *parts = calloc((size_t)(threads * width), sizeof(float));
     if (!totals || !parts) {
@@ -32,7 +33,7 @@ TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t ch
             for (; c + 8 * WIDTH <= width; c += 8 * WIDTH) {
                 float lanes[8 * WIDTH] = {0};
                 for (int64_t r = first; r < last; r++) {
-                    const float *restrict row = grad + r * width + c;
+                    const float *restrict row = grad + r * next + c;
                     for (int j = 0; j < 8 * WIDTH; j++) lanes[j] += fabsf(row[j]);
                 }
                 for (int j = 0; j < 8 * WIDTH; j++) total[c + j] += lanes[j];
@@ -40,7 +41,7 @@ TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t ch
             if (c < width) {
                 for (int64_t j = c; j < width; j++) part[j] = 0;
                 for (int64_t r = first; r < last; r++) {
-                    const float *restrict row = grad + r * width;
+                    const float *restrict row = grad + r * next;
                     for (int64_t j = c; j < width; j++) part[j] += fabsf(row[j]);
                 }
                 for (int64_t j = c; j < width; j++) total[j] += part[j];
@@ -48,7 +49,7 @@ TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t ch
         }
     }
     for (int64_t r = wide * together; r < rows; r++)
-        for (int64_t c = 0; c < channels; c++) totals[c] += fabsf(grad[r * channels + c]);
+        for (int64_t c = 0; c < channels; c++) totals[c] += fabsf(grad[r * apart + c]);
     for (int64_t c = 0; c < channels; c++) {
         double sum = 0;
         for (int64_t i = c; i < threads * width; i += channels) sum += totals[i];
@@ -58,16 +59,16 @@ TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t ch
     return 0;
 }
 
-/* The same of (samples, channels, positions). */
-TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_t channels, int64_t positions, float *sums,
-                                      int threads)
+/* The same of (samples, channels, positions), samples and channels as far apart as sample and channel say. */
+TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_t sample, int64_t channels, int64_t channel,
+                                      int64_t positions, float *sums, int threads)
 {
     enum { WIDTH = 32, RUN_LENGTH = 8192 };
     double *totals = malloc((size_t)(samples * channels) * sizeof(double));
     if (!totals) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t plane = 0; plane < samples * channels; plane++) {
-        const float *restrict values = grad + plane * positions;
+        const float *restrict values = grad + plane / channels * sample + plane % channels * channel;
         double total = 0;
         for (int64_t first = 0; first < positions; first += RUN_LENGTH) {
             int64_t last = first + RUN_LENGTH < positions ? first + RUN_LENGTH : positions, i = first;
@@ -210,7 +211,7 @@ TARGET static void NAME(direct_rows)(const Layer *all, int64_t sample, const Pai
     /* lanes beyond the last pair are computed with, too, and not read: zeros are quick */
     if (lanes < LANES) memset(memory, 0, (size_t)((taps + count + 2 * size) * LANES) * sizeof(float));
     NAME(pick)(all->weight, taps, 1, at_weight, lanes, w);
-    NAME(pick)(all->grad + sample * all->sample_grad + (oz * out[1] + top) * out[2] * geo->grad_position, count,
+    NAME(pick)(all->grad + sample * geo->grad_sample + (oz * out[1] + top) * out[2] * geo->grad_position, count,
                geo->grad_position, at_grad, lanes, g);
     NAME(Vector) low = {0}, high = {0};
     for (int64_t o = 0; o < count; o++) low += ((NAME(Vector) *)g)[2 * o], high += ((NAME(Vector) *)g)[2 * o + 1];

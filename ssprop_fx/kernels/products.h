@@ -74,7 +74,7 @@ TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, in
                 int64_t output = x > 0 ? (x + s[2] - 1) / s[2] : 0, first = output * s[2] - x;
                 int64_t seen = out[2] - output, most = first < run->count ? (run->count - first + s[2] - 1) / s[2] : 0;
                 seen = none || seen < 0 ? 0 : seen < most ? seen : most;
-                int64_t row = all->sample_grad * run->sample + ((z / s[0] * out[1] + y / s[1]) * out[2] + output) * step;
+                int64_t row = geo->grad_sample * run->sample + ((z / s[0] * out[1] + y / s[1]) * out[2] + output) * step;
                 for (int64_t j = 0; j < all->kept; j++) {
                     float *restrict own = to + (j * all->taps + column) * to_column;
                     if (s[2] > 1 || seen < run->count) /* somewhere no output reads */
@@ -104,13 +104,19 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
         even = even && run->input - runs->input == run->start * apart;
         if (all->taps > 1)
             NAME(columns)(all, run, g + run->start * step, step, 1);
-        else
+        else if (geo->grad_channel == 1)
             for (int64_t r = 0; r < run->count; r++) {
                 const float *restrict from = all->grad + run->grad + r * geo->grad_position;
                 float *restrict to = g + (run->start + r) * step;
                 for (int64_t j = 0; j < kept; j++) to[j] = from[all->index[j]];
                 for (int64_t c = all->index[0]; c <= all->index[kept - 1]; c += LINE)
                     __builtin_prefetch(from + count * geo->grad_position + c);
+            }
+        else
+            for (int64_t j = 0; j < kept; j++) {
+                const float *restrict from = all->grad + run->grad + all->index[j] * geo->grad_channel;
+                float *restrict to = g + run->start * step + j;
+                for (int64_t r = 0; r < run->count; r++) to[r * step] = from[r * geo->grad_position];
             }
     }
     for (int64_t first = 0; db && all->taps == 1 && first < kept; first += 64) {
@@ -171,10 +177,19 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
     /* one stretch of memory */
     int whole = apart == 1 && end->input - runs->input == end->start && end->sample == runs->sample;
     for (const Run *run = runs; all->taps > 1 && run->start < count; run++) NAME(columns)(all, run, g + run->start, 1, step);
+    for (const Run *run = runs; all->taps == 1 && run->start < count; run++) {
+        int64_t apart = geo->grad_position, some = apart == 1 ? run->count : LINE; /* of a row of channels every cache line once */
+        for (int64_t first = 0; first < run->count; first += some)
+            for (int64_t j = 0; j < kept; j++) {
+                float *restrict to = g + j * step + run->start;
+                const float *restrict from = all->grad + run->grad + all->index[j] * geo->grad_channel;
+                int64_t last = first + some < run->count ? first + some : run->count;
+                if (apart == 1) memcpy(to, from, (size_t)run->count * sizeof(float));
+                else
+                    for (int64_t p = first; p < last; p++) to[p] = from[p * apart];
+            }
+    }
     for (int64_t j = 0; all->taps == 1 && j < kept; j++) {
-        for (const Run *run = runs; run->start < count; run++)
-            memcpy(g + j * step + run->start, all->grad + run->grad + all->index[j] * geo->grad_channel,
-                   (size_t)run->count * sizeof(float));
         if (db) {
             enum { WIDTH = 16 };
             float lanes[WIDTH] = {0}, sum = 0;
@@ -243,6 +258,25 @@ TARGET static inline double NAME(total)(const float *own, int64_t threads, size_
     double sum = 0;
     for (int64_t thread = 0; thread < threads; thread++, own += floats) sum += (double)own[0] + (earlier ? own[earlier] : 0);
     return sum;
+}
+
+/* The bias's gradient of some kept channels. */
+TARGET static void NAME(bias)(const Layer *all, const int64_t *index, int count)
+{
+    const Geometry *geo = all->geometry;
+    int64_t outputs = geo->out[0] * geo->out[1] * geo->out[2], position = geo->grad_position, at[LANES];
+    double sums[LANES] = {0};
+    for (int j = 0; j < count; j++) at[j] = index[j] * geo->grad_channel;
+    for (int64_t sample = 0; sample < all->samples; sample++) {
+        const float *from = all->grad + sample * geo->grad_sample;
+        if (geo->grad_channel < position) /* row by row of channels */
+            for (int64_t p = 0; p < outputs; p++, from += position)
+                for (int j = 0; j < count; j++) sums[j] += from[at[j]];
+        else
+            for (int j = 0; j < count; j++)
+                for (int64_t p = 0; p < outputs; p++) sums[j] += from[at[j] + p * position];
+    }
+    for (int j = 0; j < count; j++) all->bias_grad[index[j]] = (float)sums[j];
 }
 
 /* Gradients of a convolution of one group, or of one of several, from its kept channels; see Layer for the arguments. */
@@ -315,13 +349,14 @@ TARGET static int NAME(products)(const Layer *all, int threads)
                 for (int64_t lane = 0; lane < LANES && c + lane < inputs; lane++)
                     to[lane * geo->weight_input] = (float)NAME(total)(own + lane, threads, floats, earlier);
             }
-            if (!all->bias_grad || j % taps) continue;
-            const float *own = all->grad + all->index[j / taps] * geo->grad_channel;
-            double sum = taps == 1 ? NAME(total)(memory + weight_sums + j, threads, floats, earlier) : 0;
-            for (int64_t p = 0; taps > 1 && p < all->samples * outputs; p++)
-                sum += own[p / outputs * all->sample_grad + p % outputs * geo->grad_position];
-            all->bias_grad[all->index[j / taps]] = (float)sum;
+            if (!all->bias_grad || taps > 1) continue;
+            all->bias_grad[all->index[j]] = (float)NAME(total)(memory + weight_sums + j, threads, floats, earlier);
         }
+        /* some channels a task, so that there is one for every thread */
+        int64_t each = (all->kept + threads - 1) / threads, some = each < LANES ? each : LANES;
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < (all->bias_grad && taps > 1 ? all->kept : 0); first += some)
+            NAME(bias)(all, all->index + first, (int)(all->kept - first < some ? all->kept - first : some));
     }
     free(whole);
     return 0;

@@ -70,7 +70,7 @@ TARGET static int NAME(stem)(const Layer *all, int threads)
                 int64_t at[LANES] = {0};
                 for (int j = 0; j < lanes; j++) at[j] = all->index[first + j] * geo->grad_channel;
                 if (lanes < LANES) memset(g, 0, row * sizeof(float));
-                const float *row_of_grad = all->grad + sample * all->sample_grad + o * out[2] * geo->grad_position;
+                const float *row_of_grad = all->grad + sample * geo->grad_sample + o * out[2] * geo->grad_position;
                 NAME(pick)(row_of_grad, out[2], geo->grad_position, at, lanes, g);
                 float *dw = own + (size_t)(first / LANES) * block, *db = dw + k[0] * k[1] * rows * LANES;
                 NAME(Vector) low = {0}, high = {0};
