@@ -36,7 +36,8 @@ _IMPLICIT = frozenset(
 )
 _PLAIN = (str, bytes, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.Tensor)  # lead nowhere
 
-_CONTAINERS = (list, tuple, set, frozenset, dict, types.MappingProxyType)
+_TABLES = (dict, types.MappingProxyType)
+_CONTAINERS = (list, tuple, set, frozenset, *_TABLES)
 _DEPTH = 8  # of plain objects and containers within each other
 
 
@@ -89,7 +90,7 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
         elif isinstance(value, _CONTAINERS):
             if depth and id(value) not in seen:
                 seen.add(id(value))
-                yield from _stored(value.values() if hasattr(value, "values") else value, depth - 1, seen)
+                yield from _stored(value.values() if isinstance(value, _TABLES) else value, depth - 1, seen)
         elif not isinstance(value, (type, *_PLAIN)) and type(value).__module__ != "builtins":
             yield value
             simple = isinstance(value, types.SimpleNamespace) or not _is_standard(type(value))
@@ -142,7 +143,8 @@ def _reaches(todo: list[_Reached], held: frozenset[Any]) -> bool:
                 seen.add((value.__code__, cls))
                 if _mentions_convolution(value, cls):
                     return True
-                todo += [(v, cls) for v in getattr(value, "registry", {}).values()]  # of functools.singledispatch
+                registry = getattr(value, "registry", None)  # of functools.singledispatch
+                todo += [(v, cls) for v in registry.values()] if isinstance(registry, _TABLES) else []
                 todo += _successors(value, cls, held)
         elif isinstance(value, nn.Module):  # one that is no part of the model
             if any(spec_of_module(m) is not None for m in value.modules()):

@@ -5,6 +5,7 @@ import functools
 import operator
 import sys
 import types
+from typing import NamedTuple
 
 import functional_helpers
 import pytest
@@ -103,6 +104,11 @@ class Slotted:
     operation: object
 
 
+class Named(NamedTuple):
+    items: object
+    values: list
+
+
 class Descriptive:
     def __get__(self, owner, kind):
         return F.conv2d
@@ -180,6 +186,15 @@ class ObjectInObject(Base):
 
     def forward(self, x):
         return self.box.projector.run(x, self.weight)
+
+
+class NamedTuples(Base):
+    def __init__(self):
+        super().__init__()
+        self.operations = Named(F.relu, [F.conv2d])
+
+    def forward(self, x):
+        return self.operations.values[0](x, self.weight)
 
 
 class NestedList(Base):
@@ -605,6 +620,35 @@ class Optional(nn.Module):
         return self.conv(x)
 
 
+class Choice(NamedTuple):
+    """A tuple whose fields are called as the methods of a table."""
+
+    name: str
+    values: list
+
+
+CHOICES = [Choice("scale", [1.0, 2.0])]
+
+
+def scaled(x):
+    return x * CHOICES[0].values[1]
+
+
+scaled.registry = [Choice]  # whatever its user keeps there
+
+
+class Routing(nn.Module):
+    """Keeps what ``topk`` gave in its last forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.chosen = torch.arange(8).topk(2)
+
+    def forward(self, x):
+        return scaled(self.conv(x))
+
+
 class Checked(nn.Module):
     """Refers to its children's class and to functions of the standard library, and calls no function that convolves."""
 
@@ -619,7 +663,7 @@ class Checked(nn.Module):
         return F.relu(self.inner(x))
 
 
-@pytest.mark.parametrize("module", [Optional, Checked, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
+@pytest.mark.parametrize("module", [Optional, Routing, Checked, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
 def test_module_without_functional_convolutions_is_left_alone(module):
     assert not may_call_convolution(module())
 
