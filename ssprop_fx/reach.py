@@ -44,7 +44,7 @@ _DEPTH = 8  # of plain objects and containers within each other
 def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> bool:
     """Whether the module's own forward (not its children's) could call a convolution function.
 
-    A convolution module that computes through ``_conv_forward`` does not count: that call is its own.
+    A convolution module that computes through ``self._conv_forward`` does not count: that call is its own.
 
     Args:
         tree: ids of all modules of the model, which are looked at one by one; other modules that this one refers to belong
@@ -179,8 +179,7 @@ def _implicit(cls: type) -> Iterator[types.FunctionType]:
 
 def _mentions_convolution(function: types.FunctionType, cls: type | None) -> bool:
     names, strings = names_and_strings(function.__code__)
-    called = names & _NAMES and names_of_others(function.__code__) & _NAMES
-    if called and not (called == {"_conv_forward"} and _is_conv_class(cls)):
+    if names & _NAMES and names_of_others(function.__code__) & _NAMES:
         return True
     if names & _ANYTHING or names & _CLASSES:
         return True
@@ -323,10 +322,6 @@ def _is_foreign(function: types.FunctionType) -> bool:
     call a convolution only through ``_conv_forward``.
     """
     return is_library(function.__module__)
-
-
-def _is_conv_class(cls: type | None) -> bool:
-    return cls is not None and issubclass(cls, nn.modules.conv._ConvNd)
 
 
 __all__ = ["forward_names", "may_call_convolution"]

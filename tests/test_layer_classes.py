@@ -85,6 +85,18 @@ class ByConvForward(nn.Conv2d):
         return self._conv_forward(x, self.weight * 2, self.bias)
 
 
+class BySuper(nn.Conv2d):
+    """Past what may lie on the instance."""
+
+    def forward(self, x):
+        return super()._conv_forward(x, self.weight * 2, self.bias)
+
+
+class ByNameOfABase(ByConvForward):
+    def forward(self, x):
+        return ByConvForward._conv_forward(self, x, self.weight * 2, self.bias)
+
+
 class TwoCalls(nn.Conv2d):
     def forward(self, x):
         first = F.conv2d(x, self.weight, self.bias, padding=self.padding)
@@ -103,10 +115,12 @@ class Up(nn.ConvTranspose2d):
         (lambda: Standardised(3, 8, 3), ["0"]),
         (lambda: StandardisedInside(3, 8, 3), ["0"]),
         (lambda: ByConvForward(3, 8, 3), ["0"]),
+        (lambda: BySuper(3, 8, 3), ["0"]),
+        (lambda: ByNameOfABase(3, 8, 3), ["0"]),
         (lambda: TwoCalls(3, 8, 3), ["0", "0#conv2d.1"]),
         (lambda: Up(3, 8, 3), ["0"]),
     ],
-    ids=["causal", "standardised", "inside", "conv_forward", "two calls", "transposed"],
+    ids=["causal", "standardised", "inside", "conv_forward", "super", "base", "two calls", "transposed"],
 )
 def test_subclass_keeps_its_own_forward(layer, names):
     torch.manual_seed(0)
