@@ -57,11 +57,11 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> boo
     stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in known]
     spaces = frozenset(value for value in stored if _is_space(value))
     objects = [value for value in stored if not _is_space(value)]
-    held = {type(value) for value in (*inside, *objects)}
+    held = {cls for value in (module, *objects) for cls in _classes(value)}
     cls: Any = type(module)
     if _reaches([(value, None) for value in objects], spaces):
         return True
-    return _class_reaches(cls, _forward(cls), frozenset(c for c in held if not _is_torch(c) and c is not cls) | spaces)
+    return _class_reaches(cls, _forward(cls), frozenset(held - {cls}) | spaces)
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -97,6 +97,12 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             if depth and simple and id(value) not in seen and not _is_torch(type(value)):
                 seen.add(id(value))
                 yield from _stored(attributes(value), depth - 1, seen)
+
+
+def _classes(value: Any) -> Iterator[type]:
+    """The class of an object, of a module those of its parts, too; torch, for one to parametrize it, derives another from it."""
+    for part in value.modules() if isinstance(value, nn.Module) else (value,):
+        yield from [cls for cls in type(part).__mro__ if not is_library(cls.__module__)][:1]
 
 
 def _is_space(value: Any) -> bool:
@@ -216,7 +222,7 @@ def _looked_up(function: types.FunctionType, cls: type | None, held: frozenset[A
     for thing, start in lookups(code):
         known = function.__globals__.get(thing) if thing in names else None
         if known is not None:
-            owners: Iterable[Any] = [known if _is_space(known) else type(known)]
+            owners: Iterable[Any] = [known if isinstance(known, type) or _is_space(known) else type(known)]
         elif code.co_varnames and thing == code.co_varnames[0]:
             owners = [] if cls is None else [cls]
         else:
@@ -257,7 +263,7 @@ def _named(value: Any, cls: type | None, names: frozenset[str], seen: set[int]) 
     """
     if value is None or isinstance(value, _PLAIN) or id(value) in seen:
         return
-    if _is_code(value) or isinstance(value, (*_CONTAINERS, nn.Module)):
+    if _is_code(value) or isinstance(value, _CONTAINERS):
         yield value, cls
         return
     seen.add(id(value))
@@ -269,14 +275,19 @@ def _named(value: Any, cls: type | None, names: frozenset[str], seen: set[int]) 
         if _is_space(value):
             for name in names:  # asking for what is not there would import what a lazy module has not loaded yet
                 yield from _members_named(value, name, names, seen)
-    elif isinstance(value, type) and not issubclass(value, nn.Module):
+    elif isinstance(value, nn.Module) or (isinstance(value, type) and issubclass(value, nn.Module)):
+        yield value, cls
+        for owner in (value,) if isinstance(value, type) else set(_classes(value)):
+            for name in names - {"forward", "__init__"}:  # as a module's own, those are looked at where it is
+                yield from _members_named(owner, name, names, seen)
+    elif isinstance(value, type):
         if not _is_torch(value):
             for name in (*names, "__init__"):
                 yield from _members_named(value, name, names, seen)
             yield from ((v, value) for v in _implicit(value))
     else:
         yield value, cls
-        if not isinstance(value, type) and not _is_torch(type(value)):
+        if not _is_torch(type(value)):
             for name in names:
                 yield from _members_named(type(value), name, names, seen)
 

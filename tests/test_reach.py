@@ -88,6 +88,23 @@ class Free(nn.Module):
 FREE = Free()
 
 
+class Tools(nn.Module):
+    """One whose forward does not convolve."""
+
+    def run(self, x, w):
+        return F.conv2d(x, w)
+
+    @staticmethod
+    def static(x, w):
+        return F.conv2d(x, w)
+
+    def forward(self, x):
+        return x
+
+
+TOOLS, WRAPPED_TOOLS = Tools(), nn.Sequential(Tools())
+
+
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
@@ -121,6 +138,9 @@ class Encoder(nn.Module):
 
     def encode(self, x):
         return F.conv2d(x, self.weight)
+
+    def forward(self, x):
+        return x
 
 
 class StaticMethod(Base):
@@ -451,6 +471,48 @@ class NameAskedOfAChild(Base):
         return [getattr(child, "en" + "code")(x) for child in self.children()][0]
 
 
+class MethodOfAParametrizedChild(Base):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.utils.parametrizations.weight_norm(Encoder())
+
+    def forward(self, x):
+        return self.child.encode(x)
+
+
+class MethodOfAGlobalModule(Base):
+    def forward(self, x):
+        return TOOLS.run(x, self.weight)
+
+
+class MethodOfAPartOfAGlobalModule(Base):
+    def forward(self, x):
+        return WRAPPED_TOOLS[0].run(x, self.weight)
+
+
+class MethodOfAModuleInAClosure(Base):
+    forward = (lambda tools: lambda self, x: tools.run(x, self.weight))(TOOLS)
+
+
+class MethodOfAPartOfAHiddenModule(Base):
+    def __init__(self):
+        super().__init__()
+        self.hidden = [WRAPPED_TOOLS]
+
+    def forward(self, x):
+        return self.hidden[0][0].run(x, self.weight)
+
+
+class StaticMethodOfAModule(Base):
+    def forward(self, x):
+        return Tools.static(x, self.weight)
+
+
+class StaticMethodOfAModuleByName(Base):
+    def forward(self, x):
+        return getattr(Tools, "sta" + "tic")(x, self.weight)
+
+
 class ForwardOfAClass(Base):
     def __init__(self):
         super().__init__()
@@ -620,6 +682,11 @@ class Optional(nn.Module):
         return self.conv(x)
 
 
+class OwnCall(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 2, self.bias)
+
+
 class Choice(NamedTuple):
     """A tuple whose fields are called as the methods of a table."""
 
@@ -663,7 +730,9 @@ class Checked(nn.Module):
         return F.relu(self.inner(x))
 
 
-@pytest.mark.parametrize("module", [Optional, Routing, Checked, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
+@pytest.mark.parametrize(
+    "module", [Optional, Routing, Checked, lambda: OwnCall(3, 8, 3), lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())]
+)
 def test_module_without_functional_convolutions_is_left_alone(module):
     assert not may_call_convolution(module())
 
