@@ -22,6 +22,7 @@ from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
 from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
 from .sharing import attributes
 
+Known = dict[tuple[type, frozenset[Any]], bool]  # a class and what its module holds → whether that reaches a convolution
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
 
 # Whoever mentions one of these may call a convolution, or anything.
@@ -41,7 +42,7 @@ _CONTAINERS = (list, tuple, set, frozenset, *_TABLES)
 _DEPTH = 8  # of plain objects and containers within each other
 
 
-def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> bool:
+def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known: Known | None = None) -> bool:
     """Whether the module's own forward (not its children's) could call a convolution function.
 
     A convolution module that computes through ``self._conv_forward`` does not count: that call is its own.
@@ -49,19 +50,24 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset()) -> boo
     Args:
         tree: ids of all modules of the model, which are looked at one by one; other modules that this one refers to belong
             to it.
+        known: what was found out about classes before, in the same call of the library and no other: between two of them a
+            notebook's cell may be run again, and a function that code mentions be another.
     """
     if "forward" in vars(module):
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
-    inside = list(module.modules())
-    known = tree | {id(m) for m in inside}
-    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in known]
+    parts = tree | {id(m) for m in module.modules()}
+    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in parts]
     spaces = frozenset(value for value in stored if _is_space(value))
     objects = [value for value in stored if not _is_space(value)]
     held = {cls for value in (module, *objects) for cls in _classes(value)}
     cls: Any = type(module)
     if _reaches([(value, None) for value in objects], spaces):
         return True
-    return _class_reaches(cls, _forward(cls), frozenset(held - {cls}) | spaces)
+    known = {} if known is None else known
+    key = cls, frozenset(held - {cls}) | spaces
+    if key not in known:
+        known[key] = _class_reaches(*key)
+    return known[key]
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -75,10 +81,9 @@ def _forward(cls: type) -> Any:
     return next(_members(cls, "forward"), None)
 
 
-@functools.cache
-def _class_reaches(cls: type, forward: Any, held: frozenset[Any]) -> bool:
+def _class_reaches(cls: type, held: frozenset[Any]) -> bool:
     asked = [(f, c) for c in (cls, *held) for f in _members(c, "__getattr__")]
-    return _reaches([(forward, cls), *asked], held)
+    return _reaches([(_forward(cls), cls), *asked], held)
 
 
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
@@ -335,4 +340,4 @@ def _is_foreign(function: types.FunctionType) -> bool:
     return is_library(function.__module__)
 
 
-__all__ = ["forward_names", "may_call_convolution"]
+__all__ = ["Known", "forward_names", "may_call_convolution"]

@@ -112,7 +112,6 @@ def _in_slots(value: Any) -> dict[str, Any]:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
 def _slots(cls: type) -> list[tuple[str, Any]]:
     found = []
     for klass in cls.__mro__:

@@ -13,7 +13,7 @@ from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
 from .naming import plain_modules, plain_name
 from .policy import KINDS, Policy, Settings
-from .reach import may_call_convolution
+from .reach import Known, may_call_convolution
 
 _CALLS = 100  # of one function in one forward; rules for any of them are taken to match
 
@@ -57,8 +57,8 @@ def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[st
 
 def functional_callers(model: nn.Module, plain: bool = False) -> set[str]:
     """Names of the modules whose forward may call a convolution function."""
-    tree = frozenset(map(id, model.modules()))
-    return {name for name, module in _containers(model, plain) if may_call_convolution(module, tree)}
+    tree, known = frozenset(map(id, model.modules())), Known()
+    return {name for name, module in _containers(model, plain) if may_call_convolution(module, tree, known)}
 
 
 def assign_checked(model: nn.Module, policy: Policy, plain: bool = False) -> dict[str, Settings]:

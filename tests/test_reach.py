@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import operator
 import sys
 import types
+import weakref
 from typing import NamedTuple
 
 import functional_helpers
@@ -18,6 +20,7 @@ import ssprop_fx
 from ssprop_fx import Policy
 from ssprop_fx.coverage import measure
 from ssprop_fx.reach import may_call_convolution
+from ssprop_fx.survey import functional_callers
 
 PACKAGE, OPERATIONS = types.ModuleType("package_of_two_levels"), types.ModuleType("package_of_two_levels.operations")
 PACKAGE.operations, OPERATIONS.package = OPERATIONS, PACKAGE
@@ -634,6 +637,60 @@ def test_a_forward_that_was_replaced_is_looked_at_again():
     assert not may_call_convolution(Patched())
     Patched.forward = lambda self, x: F.conv2d(x, self.weight)
     assert may_call_convolution(Patched())
+
+
+def helper(x, w):
+    return x * w.mean()
+
+
+class ByHelper(Base):
+    def forward(self, x):
+        return helper(x, self.weight)
+
+
+def test_a_helper_that_was_defined_again_is_looked_at_again(monkeypatch):
+    """As by a notebook's cell."""
+    model, watched = ByHelper(), Policy(rules=[{"layers": "#conv2d.*", "drop_rate": 0.5}])
+    with pytest.raises(ssprop_fx.TransformError):
+        ssprop_fx.transform(model)
+    monkeypatch.setitem(globals(), "helper", F.conv2d)
+    x = torch.randn(2, 3, 8, 8)
+    assert measure(ssprop_fx.transform(model, watched), x).sparse == 1
+
+
+def test_code_that_was_replaced_is_looked_at_again():
+    """As by autoreload, which leaves a function the same object."""
+
+    class Reloaded(Base):
+        def forward(self, x):
+            return x * self.weight.mean()
+
+    class Edited(Base):
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    assert not functional_callers(Reloaded())
+    Reloaded.forward.__code__ = Edited.forward.__code__
+    assert functional_callers(Reloaded())
+
+
+@pytest.mark.parametrize("slots", [(), ("kept",)])
+def test_a_class_and_what_it_closes_over_are_not_kept_alive(slots):
+    def transformed():
+        teacher = nn.Linear(1, 1)
+
+        class Student(nn.Conv2d):
+            __slots__ = slots
+
+            def forward(self, x):
+                return super().forward(x) * teacher.weight
+
+        ssprop_fx.transform(nn.Sequential(Student(3, 8, 3)))
+        return weakref.ref(teacher)
+
+    teacher = transformed()
+    gc.collect()
+    assert teacher() is None
 
 
 class Layers(nn.Module):
