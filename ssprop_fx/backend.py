@@ -57,7 +57,7 @@ from .phases import PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy
 from .records import CompiledState, GraphRecord, state_of
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
-from .survey import assign_checked
+from .survey import assign_checked, functional_callers, layer_kinds
 from .transform import transformation_of
 
 _LAST = (
@@ -233,7 +233,8 @@ def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: Compil
     """Every rule must match something of each model, even though a graph may be only a part of it."""
     for root in roots:
         if root not in state.checked:
-            assign_checked(root, policy, plain=True)
+            layers, callers = layer_kinds(root, plain=True), functional_callers(root, plain=True)
+            assign_checked(root, policy, layers, callers, plain=True)
             state.checked.add(root)
 
 

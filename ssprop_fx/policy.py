@@ -224,12 +224,13 @@ class Policy:
             TransformError: the model has no convolution, or is none.
         """
         from .naming import unwrap
-        from .survey import assign_checked, layer_kinds, require_module
+        from .survey import assign_checked, functional_callers, layer_kinds, require_module
 
         require_module(model, "explain")
         model = unwrap(model)
-        assigned = assign_checked(model, self)
-        return Explanation({k: v for k, v in layer_kinds(model).items() if k in assigned}, assigned, self, model)
+        layers = layer_kinds(model)
+        assigned = assign_checked(model, self, layers, functional_callers(model))
+        return Explanation({k: v for k, v in layers.items() if k in assigned}, assigned, self, model)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents as plain values, from which :meth:`from_dict` makes an equal policy."""

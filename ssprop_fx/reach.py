@@ -55,8 +55,8 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known:
     """
     if "forward" in vars(module):
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
-    parts = tree | {id(m) for m in module.modules()}
-    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in parts]
+    tree = tree or {id(m) for m in module.modules()}
+    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in tree]
     spaces = frozenset(value for value in stored if _is_space(value))
     objects = [value for value in stored if not _is_space(value)]
     held = {cls for value in (module, *objects) for cls in _classes(value)}
@@ -105,7 +105,7 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
 
 
 def _classes(value: Any) -> Iterator[type]:
-    """The class of an object, of a module those of its parts, too; torch, for one to parametrize it, derives another from it."""
+    """The class of an object, of a module those of its parts, as a user wrote it: torch parametrizes a class of its own."""
     for part in value.modules() if isinstance(value, nn.Module) else (value,):
         yield from [cls for cls in type(part).__mro__ if not is_library(cls.__module__)][:1]
 

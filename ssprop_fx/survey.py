@@ -56,29 +56,35 @@ def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[st
 
 
 def functional_callers(model: nn.Module, plain: bool = False) -> set[str]:
-    """Names of the modules whose forward may call a convolution function."""
-    tree, known = frozenset(map(id, model.modules())), Known()
-    return {name for name, module in _containers(model, plain) if may_call_convolution(module, tree, known)}
-
-
-def assign_checked(model: nn.Module, policy: Policy, plain: bool = False) -> dict[str, Settings]:
-    """Layer name → settings for the convolution modules of a model, every rule accounted for.
+    """Names of the modules whose forward may call a convolution function, convolution modules among them.
 
     Args:
         plain: as for :func:`layer_kinds`.
+    """
+    tree, known = frozenset(map(id, model.modules())), Known()
+    modules = ((n, m) for n, m in _modules(model, plain) if not isinstance(m, torch.jit.ScriptModule))
+    return {name for name, module in modules if may_call_convolution(module, tree, known)}
+
+
+def assign_checked(
+    model: nn.Module, policy: Policy, layers: dict[str, frozenset[str]], callers: set[str], plain: bool = False
+) -> dict[str, Settings]:
+    """Layer name → settings for the convolution modules of a model, every rule accounted for.
+
+    Args:
+        layers, callers: what :func:`layer_kinds` and :func:`functional_callers` say of the model.
+        plain: as for both.
 
     Raises:
         TransformError: the model has no convolution.
         PolicyError: a rule can match neither a layer nor a functional call that a module of the model may make.
     """
-    layers, callers = layer_kinds(model, plain), functional_callers(model, plain)
     if not (set().union(*layers.values()) - {LINEAR.name}) and not callers and not policy.wants_linear:
         raise TransformError(
             f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
         )
     everything = dict(layers)
-    own_calls = {n for n, m in _modules(model, plain) if n in layers and spec_of_module(m) and may_call_convolution(m)}
-    for owner in callers | own_calls:
+    for owner in callers:
         for function in CONVOLUTIONS:
             for nth in range(_CALLS):
                 everything[functional_name(owner, function, nth)] = frozenset(KINDS) - {"linear"}
@@ -106,12 +112,6 @@ def _aliases(model: nn.Module, layers: Collection[str], plain: bool) -> dict[str
     first = {id(module): name for name, module in _modules(model, plain) if name in layers}
     every = ((plain_name(n) if plain else n, m) for n, m in model.named_modules(remove_duplicate=False))
     return {name: first[id(module)] for name, module in every if name != first.get(id(module), name)}
-
-
-def _containers(model: nn.Module, plain: bool) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in _modules(model, plain):
-        if spec_of_module(module) is None and not isinstance(module, torch.jit.ScriptModule):
-            yield name, module
 
 
 def _census(model: nn.Module) -> str:

@@ -19,7 +19,6 @@ from .calls import CallSites, Intercepted, run_intercepted
 from .convolutions import LINEAR, ConvSpec, spec_of_module
 from .errors import TransformError
 from .policy import Policy, Settings
-from .reach import may_call_convolution
 from .sharing import shared_copy
 from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
 from .survey import assign_checked, functional_callers, layer_kinds, require_module, scripted_convolutions
@@ -107,7 +106,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
     given, policy = policy, as_policy(policy)
     _refuse(model)
     layers, callers = layer_kinds(model), functional_callers(model)
-    assigned = assign_checked(model, policy)
+    assigned = assign_checked(model, policy, layers, callers)
     if given is not policy:
         policy.warn_if_idle()
 
@@ -122,7 +121,8 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
             if weight is not None and weight.is_complex():
                 record.skipped[name] = COMPLEX
                 continue
-            _rewrite_module(module, record, name, spec, layers[name], assigned[name])
+            site = record.add(name, spec, layers[name], assigned[name], "module")
+            _rewrite_module(module, site, CallSites(name, record.add_functional, own=site), name in callers)
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
     for name in scripted_convolutions(model):
@@ -134,7 +134,7 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
         "transformed %s: %d convolution modules, %d modules watched for functional calls",
         type(model).__name__,
         len(record.sites),
-        len(callers),
+        len(callers - record.sites.keys()),
     )
     return result
 
@@ -201,11 +201,14 @@ def as_policy(policy: Policy | str | dict | None) -> Policy:
     )
 
 
-def _rewrite_module(
-    module: nn.Module, record: Transformation, name: str, spec: ConvSpec, kinds: frozenset[str], settings: Settings
-) -> None:
-    """Install the site; a subclass keeps its own forward, and the convolution call which that makes is replaced."""
-    site = record.add(name, spec, kinds, settings, "module")
+def _rewrite_module(module: nn.Module, site: Site, call_sites: CallSites, calls_functions: bool) -> None:
+    """Install the site; a subclass keeps its own forward, and the convolution call which that makes is replaced.
+
+    Args:
+        call_sites: for a forward of its own, whose first call is the site's.
+        calls_functions: whether its code may call a convolution function.
+    """
+    spec = site.spec
     cls: Any = type(module)
     base: Any = spec.module
     if spec is LINEAR and "forward" not in vars(module):
@@ -215,13 +218,13 @@ def _rewrite_module(
         and not spec.transposed
         and cls._conv_forward is base._conv_forward
         and "_conv_forward" not in vars(module)
-        and not may_call_convolution(module)
+        and not calls_functions
     ):
         vars(module)["_conv_forward"] = functools.partial(convolve_module, module, site)
     elif spec.transposed and cls.forward is base.forward and "forward" not in vars(module):
         _replace_forward(module, functools.partial(convolve_transposed_module, module, site))
     else:
-        _intercept(module, CallSites(name, record.add_functional, own=site))
+        _intercept(module, call_sites)
 
 
 def _intercept(module: nn.Module, call_sites: CallSites) -> None:

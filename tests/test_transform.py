@@ -11,7 +11,7 @@ from torch import nn
 from transforming import assert_sparse, image, policy, ready, same, small, step, zero_rows
 
 import ssprop_fx
-from ssprop_fx import Policy, PolicyError, TransformError
+from ssprop_fx import Policy, PolicyError, TransformError, survey
 from ssprop_fx.coverage import measure
 from ssprop_fx.transform import transform, transformation_of
 
@@ -351,3 +351,12 @@ def test_a_policy_tells_the_rates_of_the_layers_that_were_rewritten_and_no_other
     left = transformation_of(transform(model, chosen)).skipped
     assert set(left) == {"1", "2.conv"}
     assert chosen.drop_rates() == {"0": 0.5}
+
+
+def test_the_code_of_each_module_is_looked_at_once(monkeypatch):
+    asked = []
+    ask = survey.may_call_convolution
+    monkeypatch.setattr(survey, "may_call_convolution", lambda module, *known: asked.append(module) or ask(module, *known))
+    original = ready(small())
+    transform(original, policy())
+    assert asked == list(original.modules())
