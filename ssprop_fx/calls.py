@@ -1,4 +1,4 @@
-"""The rung ``call``: functional convolutions, caught while the forward of the module that makes them runs.
+"""The rung ``call``: functional convolutions, caught while the forward, or a hook, of the module that makes them runs.
 
 A function mode sees every torch call below it and costs a little for each, so it is put only around those modules whose
 code could reach a functional convolution (:mod:`ssprop_fx.reach`).
@@ -101,7 +101,7 @@ class _Intercept(TorchFunctionMode):
 
 
 def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a module's forward; the functional convolutions that it makes go through their sites."""
+    """Run a module's forward, or a hook; the functional convolutions that it makes go through their sites."""
     mode = _Intercept(call_sites)
     with mode:
         result = forward(*args, **kwargs)

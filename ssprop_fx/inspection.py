@@ -223,8 +223,8 @@ def _innermost(node: Node) -> str:
 # --- compiled models
 
 _HIDDEN = (
-    "made by code that transform did not recognise as calling a convolution, or cannot change (scripted by torch.jit); the "
-    "backend may reach it"
+    "made by code that transform did not recognise as calling a convolution, by a hook registered after it, or by what it "
+    "cannot change (scripted by torch.jit); the backend may reach it"
 )
 _ELSEWHERE = (
     "made outside of its module's forward: again in the backward pass (which use_reentrant=False in checkpoint avoids), in "

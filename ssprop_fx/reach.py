@@ -43,7 +43,7 @@ _DEPTH = 8  # of plain objects and containers within each other
 
 
 def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known: Known | None = None) -> bool:
-    """Whether the module's own forward (not its children's) could call a convolution function.
+    """Whether the module's own forward or a hook of it (not its children's) could call a convolution function.
 
     A convolution module that computes through ``self._conv_forward`` does not count: that call is its own.
 
@@ -61,13 +61,21 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known:
     objects = [value for value in stored if not _is_space(value)]
     held = {cls for value in (module, *objects) for cls in _classes(value)}
     cls: Any = type(module)
-    if _reaches([(value, None) for value in objects], spaces):
+    if _reaches([(value, None) for value in objects], spaces) or any(hooks_that_may_call(module)):
         return True
     known = {} if known is None else known
     key = cls, frozenset(held - {cls}) | spaces
     if key not in known:
         known[key] = _class_reaches(*key)
     return known[key]
+
+
+def hooks_that_may_call(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """Forward hooks and pre-hooks that could call a convolution function: the table that one is in, and its key."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if _reaches([(hook, None)], frozenset(_classes(module))):
+                yield hooks, key
 
 
 def forward_names(module: nn.Module) -> frozenset[str]:
@@ -340,4 +348,4 @@ def _is_foreign(function: types.FunctionType) -> bool:
     return is_library(function.__module__)
 
 
-__all__ = ["Known", "forward_names", "may_call_convolution"]
+__all__ = ["Known", "forward_names", "hooks_that_may_call", "may_call_convolution"]

@@ -141,6 +141,11 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
         return copy.deepcopy(value, memo)
     except Exception as problem:
         _forget(memo, known)
+        if _is_hooks(name, value):
+            return type(value)((key, _copied(hook, memo, tree, name, warn)) for key, hook in value.items())
+        if isinstance(value, functools.partial):
+            func, *args = (_copied(part, memo, tree, name, warn) for part in (value.func, *value.args))
+            return type(value)(func, *args, **{k: _copied(v, memo, tree, name, warn) for k, v in value.keywords.items()})
         held = any(id(found) in tree for found in reachable([value]))
         level = logging.WARNING if held and warn else logging.DEBUG
         logger.log(

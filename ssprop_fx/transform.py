@@ -19,6 +19,7 @@ from .calls import CallSites, Intercepted, run_intercepted
 from .convolutions import LINEAR, ConvSpec, spec_of_module
 from .errors import TransformError
 from .policy import Policy, Settings
+from .reach import hooks_that_may_call
 from .sharing import shared_copy
 from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
 from .survey import assign_checked, functional_callers, layer_kinds, require_module, scripted_convolutions
@@ -125,6 +126,8 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
             _rewrite_module(module, site, CallSites(name, record.add_functional, own=site), name in callers)
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
+        if name in callers:
+            _intercept_hooks(module, CallSites(name, record.add_functional))
     for name in scripted_convolutions(model):
         record.skipped[name] = SCRIPTED
     policy.bind({name: site.settings for name, site in record.sites.items()})
@@ -229,6 +232,12 @@ def _rewrite_module(module: nn.Module, site: Site, call_sites: CallSites, calls_
 
 def _intercept(module: nn.Module, call_sites: CallSites) -> None:
     _replace_forward(module, Intercepted(run_intercepted, call_sites, module.forward))
+
+
+def _intercept_hooks(module: nn.Module, call_sites: CallSites) -> None:
+    """Hooks run outside of the forward. Those that do not convolve stay as they are: torch looks for its own by their class."""
+    for hooks, key in hooks_that_may_call(module):
+        hooks[key] = Intercepted(run_intercepted, call_sites, hooks[key])
 
 
 def _replace_forward(module: nn.Module, forward: functools.partial) -> None:

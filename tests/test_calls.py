@@ -1,6 +1,8 @@
 """Functional convolutions: wherever they are called from, each is rewritten once, under a name that rules can use."""
 
+import copy
 import functools
+import pickle
 
 import functional_helpers
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from functional_helpers import Projector, blur
 from torch import nn
-from transforming import Functional, Plain, image, layers, policy, ready, small, step, zero_rows
+from transforming import Functional, Plain, image, layers, policy, ready, same, small, step, zero_rows
 
 import ssprop_fx
 from ssprop_fx import Policy, PolicyError
@@ -222,3 +224,111 @@ def test_a_rule_may_name_any_functional_call_and_only_wrong_rules_are_at_fault()
     with pytest.raises(PolicyError) as error:
         ssprop_fx.transform(Many(), Policy(rules=[rules[1], {"layers": "nope", "drop_rate": 0}]))
     assert [problem.key for problem in error.value.problems] == ["rules[1]"]
+
+
+class Adapted(nn.Module):
+    """Computes nothing itself; its hooks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def adapt(self, x):
+        return F.conv2d(x, self.weight)
+
+    def forward(self, x, scale=1):
+        return x * scale
+
+
+def before(module, args):
+    return F.conv2d(args[0], module.weight)
+
+
+def before_with_keywords(module, args, kwargs):
+    return (F.conv2d(args[0], module.weight),), kwargs
+
+
+def after(module, args, output):
+    return F.conv2d(output, module.weight)
+
+
+def after_with_keywords(weight, module, args, kwargs, output):
+    return F.conv2d(output, weight if weight is not None else module.weight)
+
+
+def after_by_method(module, args, output):
+    return module.adapt(output)
+
+
+HOOKS = {
+    "before": lambda m: m.register_forward_pre_hook(before),
+    "before, keywords": lambda m: m.register_forward_pre_hook(before_with_keywords, with_kwargs=True),
+    "after": lambda m: m.register_forward_hook(after),
+    "after, keywords": lambda m: m.register_forward_hook(functools.partial(after_with_keywords, None), with_kwargs=True),
+    "always": lambda m: m.register_forward_hook(after, always_call=True),
+    "method": lambda m: m.register_forward_hook(after_by_method),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_that_convolves_is_rewritten(hook):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Identity(), Adapted())
+    original[1].handle = HOOKS[hook](original[1])
+    expected, dense = step(original)
+    model = transform(original, policy())
+    for ours in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        output, sparse = step(ours)
+        assert torch.equal(output, expected)
+        assert zero_rows(sparse["1.weight"]) == 4
+        assert list(transformation_of(ours).sites) == ["1#conv2d.0"]
+        measured = measure(ours, image())
+        assert (measured.sparse, measured.dense) == (1, 1)
+    assert same(step(original)[1], dense)
+    assert torch.equal(torch.compile(model, backend="eager")(image()), expected)
+    model[1].handle.remove()
+    assert torch.equal(model(image()), image())
+    assert torch.equal(original(image()), expected)
+
+
+def test_hook_that_convolves_is_no_call_of_its_layer():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+    model[0].register_forward_hook(lambda module, args, output: F.conv2d(output, weight))
+    model = transform(model, policy(rules=[{"layers": "0#conv2d.0", "drop_rate": 0}]))
+    assert {name: site.settings.drop_rate for name, site in transformation_of(model).sites.items()} == {"0": 0.5}
+    assert layers(model) == ["0", "0#conv2d.0"]
+    assert transformation_of(model).sites["0#conv2d.0"].settings.drop_rate == 0
+
+
+def test_hook_that_does_not_convolve_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Adapted())
+    hooks = [lambda module, args, output: output * 2, after]
+    for hook in hooks:
+        model[1].register_forward_hook(hook)
+    plain, convolving = transform(model, policy())[1]._forward_hooks.values()
+    assert plain is hooks[0]
+    assert convolving is not hooks[1]
+
+
+class Uncopied:
+    def __deepcopy__(self, memo):
+        raise RuntimeError("there is only one")
+
+
+def test_hook_that_cannot_be_copied_is_rewritten_on_the_copy_alone():
+    original = nn.Sequential(Adapted())
+    hook = Free()
+    hook.kept = Uncopied()
+    original[0].register_forward_hook(hook)
+    model = transform(original, policy())
+    assert list(original[0]._forward_hooks.values()) == [hook]
+    assert measure(model, image()).sparse == 1
+    assert len(model[0]._forward_hooks) == 1  # measuring puts its own on copies
+
+
+class Free(nn.Module):
+    """A hook that is a module."""
+
+    def forward(self, module, args, output):
+        return F.conv2d(output, module.weight)
