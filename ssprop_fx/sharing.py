@@ -80,6 +80,7 @@ def shared_copy(
         for name, value in _in_slots(module).items():
             key = f"{type(module).__name__}.{name}"
             object.__setattr__(memo[id(module)], name, _copied(value, memo, tree, key, share_listeners))
+    _join_entries_and_attributes(found, memo)
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
         for key in vars(module):
@@ -91,11 +92,15 @@ def shared_copy(
 def attributes(value: Any) -> list[Any]:
     """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is, as a policy."""
     cls = cast(Any, type(value))
-    try:  # not through a __getattr__ of its own, which may do, and raise, anything
-        kept = list(object.__getattribute__(value, "__dict__").values())
-    except (AttributeError, TypeError):
-        kept = []
+    kept = list(_dict_of(value).values())
     return kept + list(_in_slots(value).values()) if _slots(cls) and not _tells_state(cls) else kept
+
+
+def _dict_of(value: Any) -> dict[str, Any]:
+    try:  # not through a __getattr__ of its own, which may do, and raise, anything
+        return object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        return {}
 
 
 def _tells_state(cls: type) -> bool:
@@ -156,6 +161,14 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
             problem,
         )
         return value
+
+
+def _join_entries_and_attributes(found: Iterable[Any], memo: dict[int, Any]) -> None:
+    """Where a dictionary's entries are its attributes, ``self.__dict__ = self``, make them so in its copy."""
+    for value in found:
+        new = memo.get(id(value), value)
+        if isinstance(value, dict) and _dict_of(value) is value and new is not value and type(new) is type(value):
+            object.__setattr__(new, "__dict__", new)
 
 
 def _forget(memo: dict[int, Any], known: int) -> None:

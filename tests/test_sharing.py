@@ -173,6 +173,30 @@ def test_a_proxy_of_what_is_gone_is_no_obstacle():
     assert transform(original, policy())(X).shape == (2, 8, 6, 6)
 
 
+class Settings(dict):
+    """Entries are attributes: HiFi-GAN's configuration, and that of many others."""
+
+    def __init__(self, **entries):
+        super().__init__(**entries)
+        self.__dict__ = self
+
+
+def test_a_dictionary_whose_entries_are_its_attributes_is_one_in_the_copy():
+    original = Inside()
+    original.h = Settings(rate=0.1, inner=Settings(sizes=[3]), layers=[original.conv])
+    original.h.itself = original.h
+    model = transform(original, policy())
+    h = model.h
+    assert (h.rate, h["inner"].sizes, h.layers) == (0.1, [3], [model.conv])
+    assert h is not original.h
+    assert h.itself is h
+    h.inner.sizes.append(5)
+    h.more = 1
+    assert h["more"] == 1
+    assert (original.h.inner.sizes, "more" in original.h) == ([3], False)
+    assert inspect(model, X).coverage == 1
+
+
 UNSET = object()
 
 
