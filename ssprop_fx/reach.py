@@ -20,7 +20,7 @@ from torch import nn
 
 from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
 from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
-from .sharing import attributes
+from .sharing import attributes, is_gone
 
 Known = dict[tuple[type, frozenset[Any]], bool]  # a class and what its module holds → whether that reaches a convolution
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
@@ -98,6 +98,8 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
     """Functions, modules of both kinds, plain classes and objects among some values, and in what lies among them."""
     seen = set() if seen is None else seen
     for value in list(values):  # looking at a lazy one may fill the dictionary that it lies in
+        if is_gone(value):
+            continue
         if _is_code(value) or isinstance(value, nn.Module) or _is_space(value):
             yield value
         elif isinstance(value, _CONTAINERS):

@@ -47,7 +47,8 @@ def shared_copy(
     Every module becomes a new object of the same class; parameters, buffers and other tensors, those of modules in plain
     containers included, are the same objects in both. Attributes, hooks, bound methods, closures and weak references that
     refer to modules of the tree refer to the copies. What cannot be copied (a lock, an open file, a process group) is
-    shared, and so are bare objects, which code compares with ``is``, and scripted modules, which are opaque to Python.
+    shared, and so are bare objects, which code compares with ``is``, what weak references and proxies stand for outside of
+    the tree, and scripted modules, which are opaque to Python.
 
     Args:
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
@@ -58,13 +59,15 @@ def shared_copy(
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tree = {id(m) for m in modules}
     memo: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
-    found = list(reachable([model]))
+    everything = list(reachable([model], proxies=True))
+    found = [value for value in everything if not is_proxy(value)]
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
     memo |= {id(value): value for value in shared}
     memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
     for module in modules:
         plain_new = type(module).__new__ is object.__new__
         memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))
+    memo |= _proxies(everything, modules, memo)
     _redirect(found, tree, memo)
     with _KeepTensors(tensor_copy):
         for hooks in (False, True):  # an object that an attribute refers to, too, is copied with that
@@ -130,7 +133,7 @@ def _slots(cls: type) -> list[tuple[str, Any]]:
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
-    if isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
+    if is_proxy(value) or isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
         return memo.get(id(value), value)
     known = len(memo)
     try:
@@ -171,6 +174,26 @@ def _join_entries_and_attributes(found: Iterable[Any], memo: dict[int, Any]) -> 
             object.__setattr__(new, "__dict__", new)
 
 
+def is_proxy(value: Any) -> bool:
+    """Whether a value is one of ``weakref.proxy``: asked for anything else, it answers for what it stands for, or raises."""
+    return type(value) in weakref.ProxyTypes
+
+
+def is_gone(value: Any) -> bool:
+    """Whether a value is a proxy of an object that lives no longer."""
+    try:
+        return is_proxy(value) and not hasattr(value, "__class__")
+    except ReferenceError:
+        return True
+
+
+def _proxies(found: Iterable[Any], modules: Iterable[nn.Module], memo: dict[int, Any]) -> dict[int, Any]:
+    """The proxies among what was found in the copy, by id: of a module, one of its copy; of anything else, or gone, the same."""
+    of_module = {id(ref): memo[id(module)] for module in modules for ref in weakref.getweakrefs(module)}
+    proxies = filter(is_proxy, found)
+    return {id(p): weakref.proxy(of_module[id(p)]) if id(p) in of_module else p for p in proxies}
+
+
 def _forget(memo: dict[int, Any], known: int) -> None:
     """Take the halves of a copy that failed, all but the first ``known`` entries, out of the memo."""
     for key in list(memo)[known:]:
@@ -186,16 +209,19 @@ def _copies(leaf: Any) -> bool:
     return True
 
 
-def reachable(roots: Iterable[Any], objects: bool = True) -> Iterator[Any]:
+def reachable(roots: Iterable[Any], objects: bool = True, proxies: bool = False) -> Iterator[Any]:
     """What a deep copy would come to, and what functions have in their closures.
 
     Args:
         objects: look into modules and other objects, too, not only into containers, methods and functions.
+        proxies: give weak proxies, too; what they stand for is not looked into.
     """
     stack, seen = deque(roots), set()
     keep = []  # what lives no longer could share its identity with another object
     while stack:
         value = stack.pop()
+        if proxies and is_proxy(value):
+            yield value
         if id(value) in seen or issubclass(type(value), _LEAVES):  # isinstance would ask a proxy for what it stands for
             continue
         seen.add(id(value))
@@ -298,4 +324,4 @@ def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
                 memo.setdefault(id(listener), listener)
 
 
-__all__ = ["attributes", "reachable", "shared_copy"]
+__all__ = ["attributes", "is_gone", "reachable", "shared_copy"]

@@ -167,10 +167,31 @@ def test_a_weak_reference_to_the_model_is_one_to_the_copy():
     assert original.parent() is original
 
 
+class Trainer:
+    def __init__(self):
+        self.data = [[1], [2]]
+
+
 def test_a_proxy_of_what_is_gone_is_no_obstacle():
-    original = nn.Sequential(nn.Conv2d(3, 8, 3))
-    original.trainer = weakref.proxy(Listener(original[0]))
-    assert transform(original, policy())(X).shape == (2, 8, 6, 6)
+    original, trainer = nn.Sequential(nn.Conv2d(3, 8, 3)), Trainer()
+    original.trainer = weakref.proxy(trainer)
+    original[0].kept = [{"trainer": original.trainer}, threading.Lock()]
+    del trainer
+    with pytest.raises(ReferenceError):
+        _ = original.trainer.data
+    model = transform(original, policy())
+    assert model(X).shape == (2, 8, 6, 6)
+    assert inspect(model, X).coverage == 1
+
+
+def test_a_proxy_stands_for_the_same_in_the_copy_or_for_the_copy_of_a_module():
+    original, trainer = nn.Sequential(nn.Conv2d(3, 8, 3)), Trainer()
+    original.trainer, original[0].parent = weakref.proxy(trainer), weakref.proxy(original)
+    original.kept = [{"trainer": original.trainer}]
+    model = transform(original, policy())
+    assert model.trainer.data is model.kept[0]["trainer"].data is trainer.data
+    assert model[0].parent.train.__self__ is model
+    assert original[0].parent.train.__self__ is original
 
 
 class Settings(dict):
