@@ -44,11 +44,12 @@ def shared_copy(
 ) -> nn.Module:
     """Copy the modules of ``model``, not its tensors.
 
-    Every module becomes a new object of the same class; parameters, buffers and other tensors, those of modules in plain
-    containers included, are the same objects in both. Attributes, hooks, bound methods, closures and weak references that
-    refer to modules of the tree refer to the copies. What cannot be copied (a lock, an open file, a process group) is
-    shared, and so are bare objects, which code compares with ``is``, what weak references and proxies stand for outside of
-    the tree, and scripted modules, which are opaque to Python.
+    Every module becomes a new object of the same class (a ``torch.fx.GraphModule``, of a class of its own, as each has);
+    parameters, buffers and other tensors, those of modules in plain containers included, are the same objects in both.
+    Attributes, hooks, bound methods, closures and weak references that refer to modules of the tree refer to the copies.
+    What cannot be copied (a lock, an open file, a process group) is shared, and so are bare objects, which code compares
+    with ``is``, what weak references and proxies stand for outside of the tree, and scripted modules, which are opaque to
+    Python.
 
     Args:
         tensor_copy: what a tensor becomes in the copy; by default the tensor itself.
@@ -64,9 +65,7 @@ def shared_copy(
     memo |= {id(value): tensor_copy(value) for value in found if isinstance(value, Tensor)}
     memo |= {id(value): value for value in shared}
     memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
-    for module in modules:
-        plain_new = type(module).__new__ is object.__new__
-        memo[id(module)] = type(module).__new__(type(module)) if plain_new else object.__new__(type(module))
+    memo |= {id(module): _empty(module) for module in modules}
     memo |= _proxies(everything, modules, memo)
     _redirect(found, tree, memo)
     with _KeepTensors(tensor_copy):
@@ -83,6 +82,9 @@ def shared_copy(
         for name, value in _in_slots(module).items():
             key = f"{type(module).__name__}.{name}"
             object.__setattr__(memo[id(module)], name, _copied(value, memo, tree, key, share_listeners))
+    for module in modules:
+        if isinstance(module, torch.fx.GraphModule):
+            memo[id(module)].graph.owning_module = memo[id(module)]
     _join_entries_and_attributes(found, memo)
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
@@ -90,6 +92,16 @@ def shared_copy(
             if key in state:
                 state[key] = state.pop(key)
     return memo[id(model)]
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """A module of the same class without any state; a graph of ``torch.fx`` gets a class of its own, which holds its code."""
+    cls: Any = type(module)
+    if isinstance(module, torch.fx.GraphModule):
+        new: Any = torch.fx.GraphModule.__new__(cls)
+        type(new).__name__, type(new).forward = cls.__name__, cls.forward
+        return new
+    return cls.__new__(cls) if cls.__new__ is object.__new__ else object.__new__(cls)
 
 
 def attributes(value: Any) -> list[Any]:
@@ -133,7 +145,8 @@ def _slots(cls: type) -> list[tuple[str, Any]]:
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
-    if is_proxy(value) or isinstance(value, (types.FunctionType, weakref.ref)):  # newer Pythons do not look into the memo for these
+    if is_proxy(value) or isinstance(value, (types.FunctionType, weakref.ref)):
+        # newer Pythons do not look into the memo for functions and references
         return memo.get(id(value), value)
     known = len(memo)
     try:
@@ -188,7 +201,7 @@ def is_gone(value: Any) -> bool:
 
 
 def _proxies(found: Iterable[Any], modules: Iterable[nn.Module], memo: dict[int, Any]) -> dict[int, Any]:
-    """The proxies among what was found in the copy, by id: of a module, one of its copy; of anything else, or gone, the same."""
+    """What stands for the proxies in the copy, by id: for those of modules, proxies of their copies; the others stay."""
     of_module = {id(ref): memo[id(module)] for module in modules for ref in weakref.getweakrefs(module)}
     proxies = filter(is_proxy, found)
     return {id(p): weakref.proxy(of_module[id(p)]) if id(p) in of_module else p for p in proxies}

@@ -231,6 +231,8 @@ def _rewrite_module(module: nn.Module, site: Site, call_sites: CallSites, calls_
 
 
 def _intercept(module: nn.Module, call_sites: CallSites) -> None:
+    if isinstance(module, torch.fx.GraphModule) and "forward" not in vars(module):
+        vars(module)["recompile"] = functools.partial(_recompile, module)
     _replace_forward(module, Intercepted(run_intercepted, call_sites, module.forward))
 
 
@@ -243,6 +245,14 @@ def _intercept_hooks(module: nn.Module, call_sites: CallSites) -> None:
 def _replace_forward(module: nn.Module, forward: functools.partial) -> None:
     vars(module)["forward"] = forward
     vars(module)["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
+
+
+def _recompile(module: torch.fx.GraphModule) -> Any:
+    """``recompile`` of a graph whose forward is intercepted: the new one is, from then on."""
+    code, forward = type(module).recompile(module), vars(module)["forward"]
+    own = types.MethodType(type(module).forward, module)
+    forward.__setstate__((forward.func, (forward.args[0], own), {}, {}))  # the same object: pickle recompiles, and has met it
+    return code
 
 
 def _replicate(module: nn.Module) -> nn.Module:

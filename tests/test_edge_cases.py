@@ -1,5 +1,7 @@
 """Models at the edge: each is handled as its user would expect, or refused with what to do, through both front ends."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -295,6 +297,67 @@ def test_a_graph_of_torch_fx_is_transformed_and_compiled(within):
     first = transformed(nn.Sequential(graph, nn.ReLU()) if within else graph, policy())
     model = torch.compile(first, backend="ssprop", options={"inner": "aot_eager"}, fullgraph=True)
     assert [zero_rows(grad) for grad in step(model).values()] == [4]
+
+
+def without_its_last_operation(graph):
+    for node in list(graph.graph.nodes)[-2:-1]:
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("first", [lambda: nn.Conv2d(3, 8, 3), Functional])
+def test_a_graph_of_torch_fx_and_its_transformed_copy_are_changed_one_by_one(first, within):
+    """Its code lies in its class, of which there is one for each."""
+    graph = torch.fx.symbolic_trace(nn.Sequential(first(), nn.BatchNorm2d(8), nn.Dropout(0.0), nn.ReLU(), nn.ReLU()))
+    original = nn.Sequential(graph) if within else graph
+    whole = transformed(original, policy())
+    model = whole[0] if within else whole
+    y = original(X)
+    assert (y >= 0).all()
+    without_its_last_operation(graph)
+    without_its_last_operation(graph)
+    changed = original(X)
+    assert (changed < 0).any()
+    assert torch.equal(whole(X), y)
+    without_its_last_operation(model)
+    without_its_last_operation(model)
+    assert torch.equal(whole(X), changed)
+    assert ssprop_fx.inspect(whole, X).coverage == 1
+    assert torch.equal(whole(X), changed)
+    assert zero_rows(next(grad for grad in step(whole).values() if grad.dim() == 4)) == 4
+    without_its_last_operation(model)
+    assert torch.equal(original(X), changed)
+    assert type(model).__name__ == type(graph).__name__
+    assert isinstance(model.graph.owning_module, torch.fx.GraphModule)
+    assert type(pickle.loads(pickle.dumps(model))(X)) is torch.Tensor
+
+
+def test_a_feature_extractor_of_torchvision_changes_its_graph_with_the_mode():
+    """It has two graphs, one for evaluation, and puts one or the other into its class."""
+    features = pytest.importorskip("torchvision.models.feature_extraction")
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner = nn.Conv2d(3, 3, 3), Functional()
+
+        def forward(self, x):
+            y = self.inner(self.conv(x))
+            return nn.functional.dropout(y, 0.5, self.training)
+
+    original = features.create_feature_extractor(Dropping(), ["dropout"])
+    model = transformed(original, policy())
+    model.eval()
+    assert torch.equal(model(X)["dropout"], model(X)["dropout"])
+    assert (original(X)["dropout"] == 0).any()
+    model.train()
+    assert (model(X)["dropout"] == 0).any()
+    model(X)["dropout"].sum().backward()
+    assert [zero_rows(p.grad) for p in model.parameters() if p.dim() == 4] == [2, 4]
 
 
 def test_the_original_of_a_transformed_model_is_compiled_under_another_policy():
