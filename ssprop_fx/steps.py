@@ -21,8 +21,8 @@ from .sharing import reachable
 @contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Whatever a step does to the model's tensors, to gradients, random states and clocks is put back."""
-    found = (_once(value.detach()) for value in reachable([model]) if isinstance(value, Tensor) and value.is_leaf)
-    values = [(tensor, tensor.clone()) for tensor in found]
+    found = (value for value in reachable([model]) if isinstance(value, Tensor) and value.is_leaf and not value.is_meta)
+    values = [(tensor, tensor.detach().clone()) for tensor in map(_once, found)]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
         p.grad = None
@@ -30,11 +30,11 @@ def undone(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(), _python_random(), clocks_put_back(), without_gradient_hooks(p for p, _ in grads):
             yield
     finally:
-        for tensor, value in values:
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)  # not counted as a change: a graph may have saved it
         for p, grad in grads:
             p.grad = grad
+        for tensor, value in values:
+            if not _equal(tensor, value):
+                _put_back(tensor, value)
 
 
 @contextlib.contextmanager
@@ -52,9 +52,28 @@ def attributes_put_back(model: nn.Module) -> Iterator[None]:
                     attributes[name] = value
 
 
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    """Whether two tensors are known to be equal: sparse ones, nested ones and those of oneDNN cannot be compared."""
+    try:
+        return torch.equal(tensor, value)
+    except Exception:  # of the dispatcher, or of a tensor's own class
+        return False
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor its value again; not counted as a change, since a graph may have saved it."""
+    if tensor.layout == torch.sparse_coo:  # a copy into ``tensor.data`` would give that, and not the tensor, new coordinates
+        tensor.data = value
+    else:
+        tensor.data.copy_(value)
+
+
 def _once(tensor: Tensor) -> Tensor:
-    """A view of a tensor with each place in memory once, of an expanded one."""
-    for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided else ()):
+    """A view of a tensor with each place in memory once, of an expanded one; of coordinates and values there is none."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor
+    tensor = tensor.detach()
+    for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided and not tensor.is_nested else ()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor

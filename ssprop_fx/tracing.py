@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
+from torch.nn.parameter import is_lazy
 
 from .convolutions import spec_of_module
 from .naming import plain_name
@@ -151,7 +152,11 @@ def _copy_graph(graph: Graph) -> Graph:
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta") if tensor.layout == torch.strided else tensor
+    """A tensor like this one, which a trace may write to: without data, where one of its layout can be."""
+    if is_lazy(tensor):
+        return tensor
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    empty = torch.empty_like(tensor, device="meta") if dense else tensor.detach().clone()
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

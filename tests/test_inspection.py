@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import sys
+import warnings
 import weakref
 
 import networkx
@@ -652,6 +653,62 @@ def test_inspection_leaves_the_model_the_clock_and_hooks_as_they_were():
         assert torch.equal(value, before[name]), name
     assert not model.memory.seen.any()
     assert (policy.steps, heard, model.conv.weight.grad) == (0, [], None)
+
+
+def sparse_csr():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that they are in beta
+        return torch.eye(8).to_sparse_csr()
+
+
+class Odd(nn.Module):
+    """Keeps, and changes, a tensor that PyTorch cannot compare with another."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.register_buffer("kept", kept)
+
+    def forward(self, x):
+        self.kept.mul_(2)
+        if self.kept.layout == torch.sparse_coo:
+            self.kept.add_(torch.ones(8, 8).to_sparse())
+        return self.conv(x)
+
+
+ODD = {
+    "coordinates": lambda: torch.eye(8).to_sparse(),
+    "rows": sparse_csr,
+    "oneDNN": lambda: torch.eye(8).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ODD)
+def test_inspection_puts_back_tensors_that_cannot_be_compared(kind):
+    original = Odd(ODD[kind]())
+    model, x = ssprop_fx.transform(original, turns()), torch.randn(2, 3, 8, 8)
+    model(x).sum().backward()
+    original.kept, model.kept = (ODD[kind](),) * 2
+    before, grad = model.kept, model.conv.weight.grad
+    assert ssprop_fx.inspect(model, x).coverage == 1
+    assert model.conv.weight.grad is grad
+    assert model.kept is before
+    for value, expected in zip(parts(before), parts(ODD[kind]()), strict=True):
+        assert torch.equal(value, expected)
+
+
+def parts(tensor):
+    return list(tensor.unbind()) if tensor.is_nested else [tensor.to_dense()]
+
+
+def test_a_model_without_data_is_inspected():
+    with torch.device("meta"):
+        original, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), torch.empty(2, 3, 8, 8)
+    report = ssprop_fx.inspect(ssprop_fx.transform(original, turns()), x)
+    assert report.coverage == 1
+    assert [row.output_shape for row in report.rows] == [(2, 8, 6, 6), (2, 8, 4, 4)]
 
 
 def test_inspection_between_forward_and_backward_spoils_no_graph():
