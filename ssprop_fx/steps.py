@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -131,12 +132,16 @@ def scalar_loss(outputs: Any) -> Tensor:
 
 def tensors_of(outputs: Any) -> list[Tensor]:
     """The tensors of whatever a model returns: a tensor, containers, mappings, dataclass-like outputs."""
-    found: list[Tensor] = []
+    return list(_tensors_of(outputs, {}))
+
+
+def _tensors_of(outputs: Any, met: dict[int, Any]) -> Iterator[Tensor]:
+    """As :func:`tensors_of`; objects that were ``met``, which may refer to each other, are looked into once."""
     for leaf in tree_leaves(outputs):
         if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += [t for v in leaf.values() for t in tensors_of(v)]
-        elif hasattr(leaf, "__dict__"):
-            found += [t for v in vars(leaf).values() for t in tensors_of(v) if not isinstance(v, type(leaf))]
-    return found
+            yield leaf
+        elif id(leaf) not in met and not isinstance(leaf, (type, types.ModuleType, nn.Module)):  # whose tensors are no outputs
+            met[id(leaf)] = leaf
+            held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            for value in held.values():
+                yield from _tensors_of(value, met)

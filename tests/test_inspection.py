@@ -1,6 +1,7 @@
 """The report: rows, totals that equal PyTorch's own count, other steps, and the graphs."""
 
 import copy
+import enum
 import gc
 import json
 import re
@@ -21,6 +22,7 @@ import ssprop_fx
 from ssprop_fx import Policy, SSPropError
 from ssprop_fx.convolutions import conv_backward_flops
 from ssprop_fx.dataflow import operations
+from ssprop_fx.steps import tensors_of
 
 BACKWARD = torch.ops.aten.convolution_backward
 
@@ -701,6 +703,45 @@ def test_inspection_puts_back_tensors_that_cannot_be_compared(kind):
 
 def parts(tensor):
     return list(tensor.unbind()) if tensor.is_nested else [tensor.to_dense()]
+
+
+class Mode(enum.Enum):
+    TRAIN = 1
+
+
+class Part:
+    def __init__(self, whole, tensor):
+        self.whole, self.tensor = whole, tensor
+
+
+class Whole:
+    def __init__(self, tensor):
+        self.parts = {"first": Part(self, tensor), "second": [Part(self, tensor * 2)]}
+        self.model = nn.Linear(2, 2)
+
+
+class Linked:
+    def __init__(self, tensor):
+        self.tensor, self.next = tensor, Part(None, tensor * 2)
+        self.next.whole = self.next
+
+
+class Wrapping(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.conv, self.wrap = nn.Conv2d(3, 8, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "tensors"), [(lambda y: {"logits": y, "mode": Mode.TRAIN, "of": Mode}, 1), (Whole, 2), (Linked, 2)]
+)
+def test_outputs_may_refer_to_each_other(wrap, tensors):
+    model, x = ssprop_fx.transform(Wrapping(wrap), turns()), torch.randn(2, 3, 8, 8)
+    assert len(tensors_of(model(x))) == tensors
+    assert ssprop_fx.inspect(model, x).coverage == 1
 
 
 def test_a_model_without_data_is_inspected():
