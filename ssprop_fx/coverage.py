@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -159,12 +160,17 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Raises:
-        SSPropError: no output of the model carries a gradient, or the model is sharded.
+        SSPropError: no output of the model carries a gradient, the model is sharded, or a part of it is lazy and has not run.
     """
     if is_sharded(model):
         raise SSPropError(
             "a model that FSDP has sharded cannot be measured, since a copy of it would share what FSDP frees; inspect it "
             "without example inputs after a step, or with them before it is sharded"
+        )
+    if lazy := [name for name, module in unwrap(model).named_modules() if _waits(module)]:
+        raise SSPropError(
+            f"lazy layers of {type(unwrap(model)).__name__} have not run yet: {', '.join(lazy)}; a measured step would make "
+            "their parameters for good. Run one forward pass of the model and inspect it after that, or without example inputs"
         )
     try:
         with torch.inference_mode(False):  # whoever asks: what is measured is training
@@ -174,6 +180,11 @@ def measure(model: nn.Module, example_inputs: Any) -> Measurement:
             # The copies refer to themselves. Whoever keeps models weakly (spikingjelly's caches) would see them die at any
             # time, in the midst of compiling the next step, too.
             gc.collect()
+
+
+def _waits(module: nn.Module) -> bool:
+    """Whether a lazy module waits for its first input to know its shapes."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def _normal(value: Any) -> Any:

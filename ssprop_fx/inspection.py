@@ -51,7 +51,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
 
     Raises:
         SSPropError: the model is neither, or it is compiled and no graph has been captured yet, or there are example
-            inputs for a model that FSDP has sharded.
+            inputs for a model that FSDP has sharded, or of which a lazy part has not run yet.
 
     Examples:
         >>> policy = ssprop_fx.Policy(drop_rate=0.75, schedule={"kind": "constant"})

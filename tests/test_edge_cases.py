@@ -118,6 +118,19 @@ def test_a_lazy_convolution_is_refused_by_name_and_taken_after_a_forward_pass():
     assert zero_rows(grads["0.weight"]) == 4
 
 
+def test_a_model_with_lazy_layers_of_other_kinds_is_inspected_before_and_after_they_have_run():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4))
+    model = transformed(original, policy())
+    assert [row.rewritten for row in ssprop_fx.inspect(model).rows] == [True]
+    with pytest.raises(SSPropError, match=r"^lazy layers of Sequential have not run yet: 1, 3;.*Run one forward pass"):
+        ssprop_fx.inspect(model, X)
+    assert all(isinstance(layer, nn.modules.lazy.LazyModuleMixin) for layer in (model[1], model[3], original[3]))
+    assert nn.parameter.is_lazy(original[3].weight)
+    model(X)
+    assert ssprop_fx.inspect(model, X).coverage == 1
+    assert torch.equal(original(X), model(X))
+
+
 def test_the_compiler_materialises_a_lazy_convolution_first():
     model = compiled(lazy(), policy())
     with torch.no_grad():
