@@ -9,7 +9,7 @@ import logging
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _CONTAINERS = (dict, *_SEQUENCES, functools.partial, types.MethodType)
+_Cached = type(functools.lru_cache(len))
+_FUNCTIONS = (types.FunctionType, _Cached)
 _LEAVES = (type, types.ModuleType, str, bytes, int, float, complex, type(None), *weakref.ProxyTypes)
 
 
@@ -67,8 +69,8 @@ def shared_copy(
     memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
     memo |= {id(module): _empty(module) for module in modules}
     memo |= _proxies(everything, modules, memo)
-    _redirect(found, tree, memo)
     with _KeepTensors(tensor_copy):
+        _redirect(found, modules, memo, share_listeners)
         for hooks in (False, True):  # an object that an attribute refers to, too, is copied with that
             for module in modules:
                 state = vars(memo[id(module)])
@@ -222,12 +224,15 @@ def _copies(leaf: Any) -> bool:
     return True
 
 
-def reachable(roots: Iterable[Any], objects: bool = True, proxies: bool = False) -> Iterator[Any]:
+def reachable(
+    roots: Iterable[Any], objects: bool = True, proxies: bool = False, beyond: Set[int] = frozenset()
+) -> Iterator[Any]:
     """What a deep copy would come to, and what functions have in their closures.
 
     Args:
         objects: look into modules and other objects, too, not only into containers, methods and functions.
         proxies: give weak proxies, too; what they stand for is not looked into.
+        beyond: ids of further values that are not looked into.
     """
     stack, seen = deque(roots), set()
     keep = []  # what lives no longer could share its identity with another object
@@ -240,7 +245,7 @@ def reachable(roots: Iterable[Any], objects: bool = True, proxies: bool = False)
         seen.add(id(value))
         keep.append(value)
         yield value
-        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
+        if isinstance(value, (Tensor, torch.jit.ScriptModule)) or id(value) in beyond:
             continue
         if isinstance(value, dict):
             stack.extend(value.values())
@@ -250,14 +255,16 @@ def reachable(roots: Iterable[Any], objects: bool = True, proxies: bool = False)
             stack.extend((value.func, value.args, value.keywords))
         elif isinstance(value, types.MethodType):
             stack.append(value.__self__)
-        elif isinstance(value, types.FunctionType):
+        elif isinstance(value, _FUNCTIONS):
             stack.extend(_contents(value))
         if objects and not isinstance(value, types.FunctionType):
             stack.extend(attributes(value))
 
 
-def _contents(function: types.FunctionType) -> list[Any]:
-    """What a function has in its closure and as defaults."""
+def _contents(function: Any) -> list[Any]:
+    """What a function has in its closure and as defaults; the function that one with a cache has."""
+    if isinstance(function, _Cached):
+        return [function.__wrapped__]
     cells = function.__closure__ or ()
     return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *map(_held, cells)]
 
@@ -269,51 +276,82 @@ def _held(cell: Any) -> Any:
         return None
 
 
-def _redirect(found: Iterable[Any], tree: set[int], memo: dict[int, Any]) -> None:
-    """Put functions and weak references into the memo that refer to the copies where the originals refer to the tree."""
+def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, Any], warn: bool) -> None:
+    """Put functions and weak references into the memo that refer to the copies where the originals refer to the tree.
+
+    A function that an attribute leads to may come to the tree through objects as well: these are copied for it. What the
+    functions of hooks hold is their user's, and stays.
+    """
+    tree = set(map(id, modules))
     for ref in found:
         if isinstance(ref, weakref.ref) and id(ref()) in tree:
             memo[id(ref)] = weakref.ref(memo[id(ref())])
-    functions = [f for f in found if isinstance(f, types.FunctionType) and any(_names(c, tree) for c in _contents(f))]
-    cells: list[tuple[Any, Any]] = []
-    for f in functions:
+    functions: list[Any] = [f for f in found if isinstance(f, _FUNCTIONS)]
+    functions = [f for f in functions if any(_names(c, tree, objects=True) for c in _contents(f))]
+    if not functions:
+        return
+    kept = (v for m in modules for k, v in [*vars(m).items(), *_in_slots(m).items()] if not _is_hooks(k, v))
+    attached = {id(value) for value in reachable(kept, beyond=tree)}
+    functions = [f for f in functions if id(f) in attached or any(_names(c, tree) for c in _contents(f))]
+    functions.sort(key=lambda f: id(f) not in attached)  # these first: what they have copied, the others have, too
+    others = {id(f): _copier(f, memo, tree, warn) if id(f) in attached else _same for f in functions}
+    plain = [f for f in functions if isinstance(f, types.FunctionType)]
+    cells: list[tuple[Any, Any, Callable[[Any], Any]]] = []
+    for f in plain:
         closure = []
         for cell in f.__closure__ or ():
-            if id(cell) not in memo and _names(_held(cell), tree):
+            if id(cell) not in memo and _names(_held(cell), tree, objects=id(f) in attached):
                 memo[id(cell)] = types.CellType()
-                cells.append((memo[id(cell)], cell))
+                cells.append((memo[id(cell)], cell, others[id(f)]))
             closure.append(memo.get(id(cell), cell))
         new = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(closure) or None)
         new.__kwdefaults__, new.__qualname__, new.__module__ = f.__kwdefaults__, f.__qualname__, f.__module__
         new.__dict__.update(f.__dict__)
         memo[id(f)] = new
-    for new_cell, cell in cells:
-        new_cell.cell_contents = _replaced(cell.cell_contents, memo)
     for f in functions:
+        if isinstance(f, _Cached):
+            memo[id(f)] = functools.lru_cache(**f.cache_parameters())(_replaced(f.__wrapped__, memo, others[id(f)]))
+    for new_cell, cell, other in cells:
+        new_cell.cell_contents = _replaced(cell.cell_contents, memo, other)
+    for f in plain:
         new = memo[id(f)]
-        new.__defaults__ = _replaced(f.__defaults__, memo)
-        new.__kwdefaults__ = _replaced(f.__kwdefaults__, memo)
+        new.__defaults__ = _replaced(f.__defaults__, memo, others[id(f)])
+        new.__kwdefaults__ = _replaced(f.__kwdefaults__, memo, others[id(f)])
 
 
-def _names(value: Any, tree: set[int]) -> bool:
-    """Whether a value is a module of the tree, a method of one, or a plain container or function that holds one."""
-    return any(id(found) in tree for found in reachable([value], objects=False))
+def _names(value: Any, tree: set[int], objects: bool = False) -> bool:
+    """Whether a value is a module of the tree, a method of one, or a plain container or function that holds one.
+
+    Args:
+        objects: or any other object that leads to one.
+    """
+    return any(id(found) in tree for found in reachable([value], objects=objects))
 
 
-def _replaced(value: Any, memo: dict[int, Any]) -> Any:
-    """The value with the copies in place of the modules that it names; all else in it is the same object."""
+def _same(value: Any) -> Any:
+    return value
+
+
+def _copier(function: Any, memo: dict[int, Any], tree: set[int], warn: bool) -> Callable[[Any], Any]:
+    """What becomes of the objects that a function refers to: those that lead to the tree are copied."""
+    name = f"what {function.__qualname__} refers to"
+    return lambda value: _copied(value, memo, tree, name, warn) if _names(value, tree, objects=True) else value
+
+
+def _replaced(value: Any, memo: dict[int, Any], other: Callable[[Any], Any]) -> Any:
+    """The value with the copies in place of the modules that it names, and with what ``other`` makes of all else."""
     if id(value) in memo:
         return memo[id(value)]
     if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_replaced(v, memo) for v in value)
+        return type(value)(_replaced(v, memo, other) for v in value)
     if type(value) is dict:
-        return {k: _replaced(v, memo) for k, v in value.items()}
+        return {k: _replaced(v, memo, other) for k, v in value.items()}
     if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, _replaced(value.__self__, memo))
+        return types.MethodType(value.__func__, _replaced(value.__self__, memo, other))
     if isinstance(value, functools.partial):
-        func, args, keywords = (_replaced(v, memo) for v in (value.func, value.args, value.keywords))
+        func, args, keywords = (_replaced(v, memo, other) for v in (value.func, value.args, value.keywords))
         return type(value)(func, *args, **keywords)
-    return value
+    return other(value)
 
 
 def _is_hooks(key: str, value: Any) -> bool:

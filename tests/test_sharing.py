@@ -4,6 +4,7 @@ import enum
 import functools
 import logging
 import threading
+import types
 import weakref
 
 import pytest
@@ -112,18 +113,32 @@ class Helper:
             return self.owner.bn(self.owner.conv(x))
 
 
+class Holder:
+    def __init__(self, owner):
+        self.owner = owner
+
+    def run(self, x):
+        return self.owner.both(x)
+
+    def whose(self):
+        return self.owner
+
+
 class Roundabout(nn.Module):
     """Comes to its layers through something that refers to the model itself."""
 
     def __init__(self, how):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        conv = self.conv
+        conv, holder = self.conv, Holder(self)
         self.call = {
             "closure": lambda x: self.bn(self.conv(x)),
             "closure of a method": self._closure(self.both),
             "closure of a layer": lambda x: self.bn(conv(x)),
             "default": lambda x, model=self: model.both(x),
+            "closure over an object": self._closure(Helper(self)),
+            "closure over objects in a list": self._through({"a": [Helper(self)]}),
+            "default that is an object": lambda x, holder=holder: holder.run(x),
             "object with a lock": Helper(self),
             "partial": functools.partial(lambda model, x: model.both(x), self),
         }[how]
@@ -132,6 +147,10 @@ class Roundabout(nn.Module):
     def _closure(method):
         return lambda x: method(x)
 
+    @staticmethod
+    def _through(table):
+        return lambda x: table["a"][0](x)
+
     def both(self, x):
         return self.bn(self.conv(x))
 
@@ -139,7 +158,10 @@ class Roundabout(nn.Module):
         return self.call(x)
 
 
-WAYS = ("closure", "closure of a method", "closure of a layer", "default", "object with a lock", "partial")
+WAYS = (
+    "closure", "closure of a method", "closure of a layer", "closure over an object", "closure over objects in a list",
+    "default", "default that is an object", "object with a lock", "partial",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -156,6 +178,40 @@ def test_roundabout_ways_lead_to_the_copy(how):
     original.conv.weight.grad = None
     original.train()(X).square().sum().backward()
     assert (original.conv.weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_method_with_a_cache_is_that_of_the_copy_with_a_cache_of_its_own():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    original.itself = types.MethodType(lambda self: self, original)
+    original.cached = functools.lru_cache(maxsize=3)(original.itself)
+    original.kept = [functools.cache(Holder(original).whose)]
+    original.closure = lambda cached=original.cached: cached()
+    assert original.cached() is original.kept[0]() is original.closure() is original
+    model = transform(original, policy())
+    assert model.cached() is model.kept[0]() is model.closure() is model
+    assert original.cached() is original
+    assert model.cached.cache_parameters() == {"maxsize": 3, "typed": False}
+
+
+def test_an_object_that_the_function_of_a_hook_refers_to_is_its_users():
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    collector, heard = Holder(original), []
+    original[0].register_forward_hook(lambda *_: heard.append(collector.owner))
+    original.data = Holder(None)
+    original.of_data = lambda data=original.data: data
+    model = transform(original, policy())
+    model(X)
+    assert heard == [original]
+    assert model.of_data() is original.data
+
+
+def test_what_cannot_be_copied_and_a_function_leads_to_is_named(caplog):
+    original = nn.Sequential(nn.Conv2d(3, 8, 3))
+    helper = Uncopyable(original)
+    original.call = lambda x: helper.model(x)
+    with caplog.at_level(logging.WARNING, "ssprop_fx"):
+        transform(original, policy())
+    assert "<lambda> refers to is shared, not copied, and what it calls of the model is the original" in caplog.text
 
 
 def test_a_weak_reference_to_the_model_is_one_to_the_copy():
