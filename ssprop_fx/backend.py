@@ -206,6 +206,8 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     shared = SharedCode(anchors, policy, names.index, meet)
     record = GraphRecord(captured, copy_graph(graph_module), decisions, roots, shared)
     record.compile_id = current_compile_id()
+    if isinstance(given, Policy) and any(d.sparse for d in decisions):
+        given.warn_if_idle(held=True)
     if decisions and last_compile():
         warnings.warn(_LAST, stacklevel=2)
     record.index = state.records[-1].index + 1 if state.records else 0

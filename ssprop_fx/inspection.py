@@ -30,8 +30,8 @@ from .transform import (
     Transformation,
     changed_layers,
     rewritten_modules,
-    transform,
     transformation_of,
+    transformed,
     transformed_parts,
 )
 
@@ -121,7 +121,7 @@ def foresee(model: nn.Module, policy: Policy, example_inputs: Any = None) -> Rep
         PolicyError, TransformError: as :func:`ssprop_fx.transform`.
     """
     own = copy.deepcopy(policy)  # to bind a trial's layers to
-    report = inspect(transform(model, own), example_inputs)
+    report = inspect(transformed(model, own), example_inputs)
     return replace(report, front_end="policy", policy=policy)
 
 

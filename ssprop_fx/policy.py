@@ -147,9 +147,9 @@ class Policy:
         """
         self._clock.step()
 
-    def warn_if_idle(self) -> None:
-        """Warn if optimizers step and nobody calls :meth:`step`: for a policy that no user holds."""
-        self._clock.warn_if_idle()
+    def warn_if_idle(self, held: bool) -> None:
+        """Tell if optimizers step and nobody calls :meth:`step`: sooner for a policy that is not ``held`` by a user."""
+        self._clock.warn_if_idle(held)
 
     def assign(self, layers: Layers, require_match: bool = True) -> dict[str, Settings]:
         """Decide the settings of each layer: the last rule that matches decides, key by key.

@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
@@ -183,11 +184,16 @@ class Clock:
         else:
             self._go_to(self.steps + 1)
 
-    def warn_if_idle(self) -> None:
-        """Warn once optimizers have made ten steps and this clock none: nobody may hold the policy that is to be stepped."""
-        if self.mode == "manual" and self.schedule.moves:
+    def warn_if_idle(self, held: bool) -> None:
+        """Tell, once, if optimizers make step after step and this clock none.
+
+        Args:
+            held: a user has the policy and may step it, once an epoch, too: a line in the log after 500 optimizer steps.
+                Otherwise perhaps nobody can: a warning after ten.
+        """
+        if self.mode == "manual" and self.schedule.moves and self.steps == 0:
             _listen()
-            _watched[self] = 0
+            _watched.setdefault(self, _Watch(held))
 
     def state_dict(self) -> dict[str, Any]:
         """``steps``, the mode as ``clock``, and ``schedule``, as plain values."""
@@ -214,8 +220,19 @@ class Clock:
 
 
 _automatic: WeakSet[Clock] = WeakSet()
-_watched: WeakKeyDictionary[Clock, int] = WeakKeyDictionary()  # optimizer steps that each has seen, itself at step 0
+
+
+@dataclass
+class _Watch:
+    """Optimizer steps that a clock has seen, itself at step 0; and whether a user holds its policy."""
+
+    held: bool
+    seen: int = 0
+
+
+_watched: WeakKeyDictionary[Clock, _Watch] = WeakKeyDictionary()
 _PATIENCE = 10
+_PATIENCE_IF_HELD = 500  # an epoch of a small data set is shorter: CIFAR-10 has 391 batches of 128, Fashion-MNIST 469
 
 
 @contextlib.contextmanager
@@ -238,12 +255,20 @@ def _listen() -> None:
 def _after_optimizer_step() -> None:
     for clock in list(_automatic):
         clock._tick()
-    for clock, seen in list(_watched.items()):
-        if clock.steps == 0 and seen + 1 < _PATIENCE:
-            _watched[clock] = seen + 1
+    for clock, watch in list(_watched.items()):
+        if clock.steps:
+            del _watched[clock]
             continue
-        del _watched[clock]
-        if clock.steps == 0:
+        watch.seen += 1  # it stays, so that it is told once, however many graphs are compiled
+        if watch.held and watch.seen == _PATIENCE_IF_HELD:
+            logger.warning(
+                "%d optimizer steps were made, and the schedule of a policy is still at step 0, factor %g: its clock is manual. Call "
+                "policy.step() after optimizer.step(), or set `clock: optimizer` in the schedule; if you call it once an "
+                "epoch, and this is the first, all is well",
+                watch.seen,
+                clock.factor,
+            )
+        elif not watch.held and watch.seen == _PATIENCE:
             warnings.warn(
                 f"{_PATIENCE} optimizer steps were made, and the schedule of a policy is still at step 0: its clock is "
                 "manual, and it was given as a path or mapping, so that nobody holds it to call policy.step(); pass a "

@@ -105,11 +105,16 @@ def transform(model: nn.Module, policy: Policy | str | dict | None = None) -> nn
         2
     """
     given, policy = policy, as_policy(policy)
+    result = transformed(model, policy)
+    policy.warn_if_idle(held=given is policy)
+    return result
+
+
+def transformed(model: nn.Module, policy: Policy) -> nn.Module:
+    """:func:`transform` for a trial that nobody trains: whether the policy is ever stepped is nobody's concern."""
     _refuse(model)
     layers, callers = layer_kinds(model), functional_callers(model)
     assigned = assign_checked(model, policy, layers, callers)
-    if given is not policy:
-        policy.warn_if_idle()
 
     result = shared_copy(model, shared=[policy])  # which the model may hold, to step it
     record = Transformation(policy)

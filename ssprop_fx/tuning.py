@@ -22,7 +22,7 @@ from .rules import Rule
 from .selection import Demand, keep_count
 from .steps import device_of
 from .timing import working_on
-from .transform import transform
+from .transform import transformed
 
 RATES = (0.5, 0.8, 0.9)
 
@@ -169,7 +169,7 @@ def _tuned(
     amp: torch.dtype | None,
 ) -> Tuned:  # fmt: skip
     with torch.autocast(device_of(model).type, amp, enabled=amp is not None):
-        found = measure_step(transform(model, policy), example_inputs).layers
+        found = measure_step(transformed(model, policy), example_inputs).layers
     layers = {
         name: layer
         for name, layer in found.items()

@@ -18,6 +18,7 @@ from ssprop_fx.demo import ResNet
 from ssprop_fx.errors import PolicyError
 from ssprop_fx.policy import Policy
 from ssprop_fx.schedule import Schedule, _automatic
+from ssprop_fx.tuning import tune
 
 # Each row: the keys that differ from the defaults, and the factors of the first steps.
 FACTORS = [
@@ -348,6 +349,51 @@ def test_a_schedule_that_nobody_can_step_is_told(schedule):
     with pytest.warns(UserWarning, match=r"10 optimizer steps .* still at step 0.*policy\.step\(\).*clock: optimizer") as told:
         train(optimizer, 30)
     assert len(told) == 1
+
+
+def idle_schedules(caplog):
+    return [record for record in caplog.records if record.name == "ssprop_fx.schedule"]
+
+
+@pytest.mark.parametrize("front_end", ["transform", "backend"])
+def test_a_policy_whose_step_is_forgotten_is_told_once(front_end, caplog):
+    """After more steps than an epoch of a small data set has, in the log: it may be meant to be stepped once an epoch."""
+    torch._dynamo.reset()
+    net, policy = torch.nn.Conv2d(3, 4, 3), Policy(schedule={})
+    if front_end == "transform":
+        for _ in range(2):
+            ssprop_fx.transform(net, policy)
+    else:
+        model = torch.compile(net, backend="ssprop", options={"policy": policy, "inner": "eager"})
+        model(torch.randn(2, 3, 6, 6)).sum().backward()
+    optimizer = sgd()
+    train(optimizer, 499)
+    assert not idle_schedules(caplog)
+    train(optimizer, 1)
+    if front_end == "backend":
+        model(torch.randn(2, 3, 9, 9)).sum().backward()  # another graph
+    train(optimizer, 600)
+    (record,) = idle_schedules(caplog)
+    assert record.levelname == "WARNING"
+    said = r"500 optimizer steps .* still at step 0, factor 0.* policy\.step\(\) after optimizer\.step\(\).*`clock: optimizer`.*epoch"
+    assert re.search(said, record.getMessage())
+
+
+@pytest.mark.parametrize("by", ["steps by epoch", "a constant schedule", "the optimizer's clock", "a trial", "a state"])
+def test_a_policy_that_is_in_order_is_not_told(by, caplog):
+    schedule = {"a constant schedule": {"kind": "constant"}, "the optimizer's clock": {"clock": "optimizer"}}.get(by, {})
+    net, policy, optimizer = torch.nn.Conv2d(3, 4, 3), Policy(schedule=schedule), sgd()
+    if by == "a trial":
+        kept = policy.explain(net).report(torch.randn(2, 3, 6, 6)), tune(net, torch.randn(2, 3, 6, 6), policy)  # noqa: F841
+    else:
+        model = ssprop_fx.transform(net, policy)  # noqa: F841
+    if by == "a state":
+        policy.load_state_dict(policy.state_dict() | {"steps": 4})
+    for _ in range(3):
+        train(optimizer, 400)
+        if by == "steps by epoch":
+            policy.step()
+    assert not idle_schedules(caplog)
 
 
 @pytest.mark.parametrize("schedule", [*MOVING, {"kind": "constant"}, {"start": 1.0}], ids=str)
