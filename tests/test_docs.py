@@ -105,7 +105,8 @@ def test_blocks_run(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "net", raising=False)
-    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    of_a_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # as what is shown
+    environment = os.environ | of_a_cpu | {"COLUMNS": "80"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     space = surroundings()
     for block in blocks:
@@ -133,6 +134,20 @@ def test_blocks_run(name, tmp_path, monkeypatch, capfd):
                 assert not line.strip() or line.startswith(SHELL), f"{where}: {line}"
         else:
             assert block.language == "text", f"{where}: what is a block of {block.language}?"
+
+
+def test_commands_of_the_readme_run_from_top_to_bottom():
+    """Each policy file was written by a command further up, and none is written over."""
+    (block,) = (b for b in page("README.md").blocks if b.language == "" and "ssprop-fx demo" in b.text and "bench" in b.text)
+    written = []
+    for line in block.text.splitlines():
+        words = line.partition("#")[0].split()
+        files = {words[i]: words[i + 1] for i in range(len(words)) if words[i] in ("-p", "-o")}
+        read = [files["-p"]] if "-p" in files else [words[-1]] if words[1:3] == ["policy", "check"] else []
+        assert set(read) <= set(written), line
+        assert files.get("-o") not in written, line
+        written += [files["-o"]] if "-o" in files else []
+    assert written == ["policy.yaml", "tuned.yaml"]
 
 
 def test_the_reference_of_keys_follows_the_schema(monkeypatch):
