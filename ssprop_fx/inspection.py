@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from .records import GraphRecord
 
 
+class Unreached(SSPropError):
+    """No graph of a compiled model has come to the backend: so far all of it trains dense."""
+
+
 def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     """What ``transform`` or the backend did to a model.
 
@@ -89,7 +93,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
             f"{type(user_model).__name__} is a part of {type(whole).__name__}, which names its layers: inspect the whole"
         )
     if is_compiled(model):
-        raise SSPropError(
+        raise Unreached(
             'no graph of the compiled model has come to the backend "ssprop": no step was run yet, another backend was given, '
             "or Dynamo gave the model up, and then all of it trains dense (TORCH_LOGS=graph_breaks tells why); to reach every "
             "convolution call ssprop_fx.transform(model, policy) first and compile its result"

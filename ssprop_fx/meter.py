@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ._compat import is_compiled
 from .coverage import measure
 from .energy import counters
 from .errors import SSPropError
-from .inspection import inspect
+from .inspection import Unreached, inspect
 from .report import Report
 from .transform import transformation_of
 
@@ -45,7 +46,7 @@ class Meter:
     batches of that shape, and free. ``print`` it for means and totals.
 
     Args:
-        model: transformed, compiled with the backend ``ssprop``, or an ordinary one to compare with.
+        model: transformed, compiled with the backend ``ssprop``, or an ordinary one to compare with, compiled or not.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, to count FLOPs with: two
             training steps are run on a copy. Without them FLOPs are not known.
         callback: gets every :class:`Reading` as it is made; see :func:`tensorboard`.
@@ -55,7 +56,7 @@ class Meter:
         unknown: what the meter cannot tell, and why.
 
     Raises:
-        SSPropError: no output of the model carries a gradient, or a step begins inside another.
+        SSPropError: what was given is no module, no output of it carries a gradient, or a step begins inside another.
 
     Examples:
         >>> model = ssprop_fx.transform(torch.nn.Conv2d(3, 8, 3), {"drop_rate": 0.5, "schedule": {"kind": "constant"}})
@@ -71,6 +72,11 @@ class Meter:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None, callback: Callable[[Reading], None] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise SSPropError(
+                f"a meter takes a module, got {type(model).__name__}"
+                + ("; of a compiled function, give it the model that it calls" if callable(model) else "")
+            )
         self.readings: list[Reading] = []
         self.unknown: list[str] = []
         self.callback = callback
@@ -87,11 +93,15 @@ class Meter:
             self.unknown.append("backward FLOPs: no example inputs were given")
             try:
                 return (inspect(model) if ours else None), None
-            except SSPropError:
-                self.unknown.append("the schedule's factor: the model was compiled and has not run")
+            except Unreached:
+                self.unknown.append(
+                    'the schedule\'s factor: no graph of the compiled model has come to the backend "ssprop"; if that is its '
+                    "backend, run a step first, or give example inputs"
+                )
                 return None, None
         if ours:
-            return inspect(model, example_inputs), None
+            with contextlib.suppress(Unreached):  # even in the step that this has made: of another backend, all of it is dense
+                return inspect(model, example_inputs), None
         return None, float(measure(model, example_inputs).backward_flops)
 
     def __enter__(self) -> Meter:
@@ -163,7 +173,8 @@ class Meter:
         steps = len(self.readings)
         if not steps:
             return "\n".join(["no step yet", *(f"unknown: {reason}" for reason in self.unknown)])
-        lines = [f"{steps} steps in {self.seconds:.3g} s, {1e3 * self.seconds / steps:.4g} ms a step"]
+        many = "1 step" if steps == 1 else f"{steps} steps"
+        lines = [f"{many} in {self.seconds:.3g} s, {1e3 * self.seconds / steps:.4g} ms a step"]
         if self.backward_flops is not None:
             lines.append(f"backward FLOPs: {self.backward_flops:.4g}, {self.backward_flops / steps:.4g} a step")
         lines += [f"{name}: {joules:.4g} J, {joules / steps:.4g} J a step" for name, joules in self.joules.items()]

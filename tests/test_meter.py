@@ -73,6 +73,39 @@ def test_an_ordinary_model_is_dense():
     assert meter.readings[0].factor == 0
 
 
+@pytest.mark.parametrize("way", ["torch.compile", "module.compile"])
+def test_a_model_that_another_backend_compiles_is_dense(way):
+    torch._dynamo.reset()
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    expected = counted_backward_flops(net, x)
+    model = net
+    if way == "torch.compile":
+        model = torch.compile(net, backend="aot_eager")
+    else:
+        net.compile(backend="aot_eager")
+    meter = Meter(model, x)
+    with meter:
+        model(x).square().mean().backward()
+    assert [(r.factor, r.backward_flops) for r in meter.readings] == [(0, expected)]
+    assert not [reason for reason in meter.unknown if not reason.startswith("joules")]
+
+
+def test_what_a_compiled_model_without_inputs_follows_is_said_to_be_unknown():
+    torch._dynamo.reset()
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    model = torch.compile(net, backend="aot_eager")
+    model(x).sum().backward()
+    (reason,) = (reason for reason in Meter(model).unknown if "factor" in reason)
+    assert 'no graph of the compiled model has come to the backend "ssprop"' in reason
+    assert "has not run" not in reason
+
+
+def test_a_function_is_refused_with_what_to_give():
+    net = Net()
+    with pytest.raises(SSPropError, match="takes a module, got function; of a compiled function, give it the model"):
+        Meter(torch.compile(lambda x: net(x), backend="aot_eager"))
+
+
 def test_wall_time_is_that_of_the_steps():
     meter = Meter(Net())
     start = time.perf_counter()
@@ -94,6 +127,7 @@ def test_a_step_that_fails_is_no_reading_and_steps_do_not_nest():
     with meter, pytest.raises(SSPropError, match="do not nest"):
         meter.__enter__()
     assert len(meter.readings) == 1
+    assert str(meter).startswith("1 step in ")
 
 
 def test_joules_of_the_cpu_come_from_powercap(no_zones):
@@ -162,7 +196,7 @@ def test_joules_of_a_gpu_come_from_nvml(monkeypatch):
     assert found["cuda"].joules() - before == 2.5
     assert not any("cuda" in reason for reason in reasons)
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert any("ssprop-fx[energy]" in reason for reason in energy.counters([torch.device("cuda", 0)])[1])
+    assert any("pip install nvidia-ml-py" in reason for reason in energy.counters([torch.device("cuda", 0)])[1])
 
 
 def test_readings_reach_callbacks_and_tensorboard(tmp_path, no_zones):
