@@ -8,7 +8,7 @@
 
 A step is forward, loss (the mean square of the outputs) and backward; the optimizer is the same for all and left out. Random
 weights, random inputs, float32 unless ``--amp`` says otherwise. ``--json`` keeps every single time, ``--plot`` draws them.
-``--energy`` needs NVML (pip install 'ssprop-fx[energy]') on CUDA and RAPL on the CPU, and takes half a minute an arm.
+``--energy`` needs NVML (pip install nvidia-ml-py) on CUDA and RAPL on the CPU, and takes half a minute an arm.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from .files import check_writable
 from .joules import SECONDS, Counter, joules_of, tick
 from .policy import Policy
 from .steps import device_of, scalar_loss
-from .timing import Spread, accelerator, processor, ratio, take_turns, working_on
+from .timing import Spread, accelerator, processor, ratio, take_turns, threads_used, working_on
 
 WARMUP = {"cpu": 2, "cuda": 10}  # rounds that are not timed: clocks, the allocator and lazy libraries settle in them
 
@@ -95,7 +95,7 @@ class BenchResult:
     def __str__(self) -> str:
         s = self.setting
         head = f"{self.model}, drop rate {s['policy']['drop_rate']:g}, PyTorch {s['torch']}, {s['device']}"
-        head += f" ({s['processor']}), {s['threads']} threads" if s["device"] == "cpu" else ""
+        head += f" ({s['processor']}), {threads_used(s['threads'])}" if s["device"] == "cpu" else ""
         head += f" ({s['gpu']})" if "gpu" in s else ""
         names = (
             "arm", "forward", "backward", "step", "of", "ratio (quartiles)", "ceiling", "captured", "peak",

@@ -11,6 +11,7 @@ import sys
 from .errors import SSPropError, cause_of
 
 _EXTRA_OF = {"typer": "cli", "rich": "cli", "sklearn": "demo"}
+_PACKAGES = {"cli": "typer rich", "demo": "typer rich scikit-learn"}  # of an extra
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in _EXTRA_OF:
             raise
-        sys.exit(f"error: {package} is not installed; pip install 'ssprop-fx[{_EXTRA_OF[package]}]'")
+        extra = _EXTRA_OF[package]
+        sys.exit(f"error: {package} is not installed; pip install {_PACKAGES[extra]}, or in a clone pip install '.[{extra}]'")
     except Exception as raised:
         if not isinstance(cause := cause_of(raised), SSPropError):
             raise

@@ -19,7 +19,7 @@ import ssprop_fx
 from . import demo as demonstration
 from .errors import PolicyError, SSPropError, cause_of
 from .files import check_writable
-from .models import FORMS, NameProblem, load_model, make_input, told
+from .models import FORMS, MADE, NameProblem, load_model, make_input, told
 from .policy import Policy
 from .tables import comparison, report_table
 
@@ -203,7 +203,8 @@ def inspect(
             "--input",
             "-i",
             metavar="SHAPE",
-            help="Of an input, as 2x3x224x224; repeat it for more inputs. Without it shapes and FLOPs stay unknown.",
+            help="Shape of an input, as 2x3x224x224, which is " + MADE + "; repeat it for more. "
+            "Without it shapes and FLOPs stay unknown. For other inputs: ssprop_fx.inspect(model, inputs) in Python.",
         ),
     ] = None,
     policy: PolicyOption = None,
@@ -220,7 +221,8 @@ def inspect(
 ) -> None:
     """Show what the policy does to each convolution of a model, and measure that none is missed.
 
-    The model gets random weights; with inputs, a dense and a sparse training step are run and their convolutions counted.
+    The model gets random weights; with inputs, a dense and a sparse training step are run, on the CPU in float32, and their
+    convolutions counted.
     """
     chosen = read_policy(policy)
     if html is not None:
@@ -266,7 +268,8 @@ def running(name: str, shapes: Sequence[str], work: Callable[[], Any]) -> Any:
         problem = cause_of(raised)
         if isinstance(problem, SSPropError):
             raise problem from None
-        raise SSPropError(f"{name} does not run on {', '.join(shapes)}: {told(problem)}") from problem
+        what = f"does not run on {', '.join(shapes)}" if shapes else "fails"
+        raise SSPropError(f"{name} {what}: {told(problem)}") from problem
 
 
 def read_policy(file: Path | None) -> Policy:

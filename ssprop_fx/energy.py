@@ -88,7 +88,7 @@ def counters(devices: Iterable[torch.device]) -> tuple[dict[str, Rapl | Nvml], l
     try:
         found["cuda"] = Nvml(devices)
     except ModuleNotFoundError:
-        reasons.append("cuda: pip install 'ssprop-fx[energy]' reads it through NVML")
+        reasons.append("cuda: NVML is read with nvidia-ml-py, which is not installed; pip install nvidia-ml-py")
     except Exception as problem:  # NVML raises its own errors
         reasons.append(f"cuda: {problem}")
     return found, reasons

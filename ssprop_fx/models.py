@@ -21,6 +21,7 @@ from .errors import SSPropError, nearest
 
 _INSTALLED = tuple({sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")})  # where the user's own code is not
 FORMS = "torchvision:NAME, timm:NAME, package.module:CALLABLE or path/to/file.py:CALLABLE"
+MADE = "filled with random normal numbers in float32"  # an input
 
 
 class NameProblem(SSPropError):
@@ -71,7 +72,7 @@ def told(problem: BaseException) -> str:
 
 
 def make_input(shape: str) -> Tensor:
-    """A tensor of random normal numbers from its shape, ``2x3x224x224``.
+    """A tensor of random normal numbers, float32, from its shape, ``2x3x224x224``.
 
     Raises:
         NameProblem: the text is no shape.
@@ -137,7 +138,8 @@ def _imported(name: str, next_step: str) -> ModuleType:
     except ModuleNotFoundError as problem:
         if problem.name is None or not f"{name}.".startswith(f"{problem.name}."):
             raise  # the module is there; something that it imports is not
-        raise NameProblem(f"there is no module {problem.name!r}{_hint(name, list(_LIBRARIES))}; {next_step}") from None
+        near = "" if name in _LIBRARIES else _hint(name, list(_LIBRARIES))
+        raise NameProblem(f"there is no module {problem.name!r}{near}; {next_step}") from None
 
 
 def _unknown(source: str, name: str, names: list[str]) -> NameProblem:

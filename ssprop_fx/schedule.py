@@ -262,9 +262,9 @@ def _after_optimizer_step() -> None:
         watch.seen += 1  # it stays, so that it is told once, however many graphs are compiled
         if watch.held and watch.seen == _PATIENCE_IF_HELD:
             logger.warning(
-                "%d optimizer steps were made, and the schedule of a policy is still at step 0, factor %g: its clock is manual. Call "
-                "policy.step() after optimizer.step(), or set `clock: optimizer` in the schedule; if you call it once an "
-                "epoch, and this is the first, all is well",
+                "%d optimizer steps were made, and the schedule of a policy is still at step 0, factor %g: its clock is "
+                "manual. Call policy.step() after optimizer.step(), or set `clock: optimizer` in the schedule; if you "
+                "call it once an epoch, and this is the first, all is well",
                 watch.seen,
                 clock.factor,
             )

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .report import Report
 
-_UNKNOWN = "before they run in a training step, and in code that another backend compiled; example inputs tell them, too"
+_UNKNOWN = (
+    "not known until the layers have run in a training step (never in code that another backend compiled); "
+    "give example inputs (`--input` in the command) to know them now"
+)
 
 
 def summarized(report: Report) -> str:
@@ -24,7 +27,7 @@ def summarized(report: Report) -> str:
     if report.measurement is not None:
         lines.append(str(report.measurement))
     if report.conv_flops is None:
-        why = f"unknown {_UNKNOWN}"
+        why = _UNKNOWN
         if report.measurement is not None:
             why = "the measured step has no convolution's backward pass"
         return "\n".join([*lines, f"FLOPs: {why}"])
@@ -32,7 +35,7 @@ def summarized(report: Report) -> str:
     lines.append(f"backward {kinds} FLOPs of a step: {_saved(report.conv_flops)}")
     unknown = sum(row.rewritten and row.flops_dense is None for row in report.rows)
     if unknown and report.measurement is None:
-        lines.append(f"{unknown} of the rewritten layers not counted: their FLOPs are unknown {_UNKNOWN}")
+        lines.append(f"{unknown} of the rewritten layers not counted, their FLOPs: {_UNKNOWN}")
     if report.backward_flops and report.step_flops:
         lines.append(f"backward FLOPs of a step: {_saved(report.backward_flops)}")
         lines.append(f"all FLOPs of a step: {_saved(report.step_flops)}")

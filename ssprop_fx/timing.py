@@ -153,6 +153,12 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def threads_used(count: int | None = None) -> str:
+    """How many threads PyTorch computes with, or ``count``, in words."""
+    count = count or torch.get_num_threads()
+    return f"{count} {'thread' if count == 1 else 'threads'}"
+
+
 def accelerator(device: torch.device) -> dict[str, Any]:
     """What decides about times on a CUDA device, besides the model; nothing for other devices.
 

@@ -18,16 +18,20 @@ from .bench import check_plot
 from .commands import JsonOption, PolicyOption, app, read_policy, running
 from .errors import SSPropError
 from .files import check_writable
-from .models import FORMS, NameProblem, first_line, load_model, make_input
+from .models import FORMS, MADE, NameProblem, first_line, load_model, make_input
 from .tuning import RATES, Tuned
 from .tuning import tune as run_tune
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=FORMS + ".")]
 ShapesOption = Annotated[
     list[str],
-    typer.Option("--input", "-i", metavar="SHAPE", help="Of an input, as 16x3x224x224; repeat it for more inputs."),
+    typer.Option(
+        "--input", "-i", metavar="SHAPE", help="Shape of an input, as 16x3x224x224, which is " + MADE + "; repeat it for more."
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="Where to run, such as cuda:1. Default: cuda where there is one, else cpu.")
+]
 AmpOption = Annotated[str | None, typer.Option("--amp", metavar="TYPE", help="Autocast type: bfloat16 or float16.")]
 ContiguousOption = Annotated[bool, typer.Option("--contiguous", help="Memory order NCHW instead of channels-last.")]
 
@@ -46,9 +50,10 @@ def tune(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     rates: Annotated[
-        list[float] | None, typer.Option("--rate", min=0.01, max=0.99, help="A further drop rate to try; repeat it.")
+        list[float] | None,
+        typer.Option("--rate", min=0.01, max=0.99, help="To try besides the policy's, instead of 0.5, 0.8, 0.9; repeat it."),
     ] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
     contiguous: ContiguousOption = False,
     amp: AmpOption = None,
     as_json: JsonOption = False,
@@ -104,7 +109,7 @@ def bench(
         typer.Option("--arm", metavar="ARM", help="; ".join(f"{k}: {a.text}" for k, a in ARMS.items()) + ". Repeat it."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each arm; they take turns.")] = 21,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
     contiguous: ContiguousOption = False,
     amp: AmpOption = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory, too.")] = False,
@@ -154,7 +159,12 @@ def _autocast_type(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def _on_device(name: str, shapes: list[str], device: str, contiguous: bool) -> tuple[Any, tuple]:
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _on_device(name: str, shapes: list[str], device: str | None, contiguous: bool) -> tuple[Any, tuple]:
+    device = device or _default_device()
     try:
         inputs, model = [make_input(shape).to(device) for shape in shapes], load_model(name).to(device)
     except NameProblem as problem:

@@ -21,7 +21,7 @@ from .profit import Timing, measure_together, settle
 from .rules import Rule
 from .selection import Demand, keep_count
 from .steps import device_of
-from .timing import working_on
+from .timing import threads_used, working_on
 from .transform import transformed
 
 RATES = (0.5, 0.8, 0.9)
@@ -204,7 +204,7 @@ def _tuned(
         )
     progress(len(alike), len(alike), "")
     device = next(iter(layers.values())).calls[0].device
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else f" ({torch.cuda.get_device_name()})"
+    threads = f", {threads_used()}" if device == "cpu" else f" ({torch.cuda.get_device_name()})"
     autocast = f", autocast {str(amp).removeprefix('torch.')}" if amp else ""
     return Tuned(type(model).__name__, policy, tuple(shapes), f"PyTorch {torch.__version__}, {device}{threads}{autocast}")
 

@@ -202,7 +202,7 @@ def test_shares_of_the_ceiling_are_of_the_devices_time():
 
 
 def test_joules_a_step_are_those_of_a_gpu(monkeypatch):
-    pytest.importorskip("pynvml", reason="needs pip install 'ssprop-fx[energy]'")
+    pytest.importorskip("pynvml", reason="needs pip install nvidia-ml-py")
     monkeypatch.setattr(bench, "SECONDS", {"cuda": 0.5})
     model, x = nn.Conv2d(64, 256, 3).to(DEVICE), torch.randn(32, 64, 64, 64, device=DEVICE)
     result = bench.bench(model, x, policy(), ["transform"], rounds=3, energy=True)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import jsonschema
@@ -287,6 +289,29 @@ def test_a_model_or_input_that_cannot_be_named_is_exit_code_2(run, net, args, me
     assert message in " ".join(err.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_library_that_is_not_there_is_to_be_installed(run, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    code, out, err = run("inspect", f"{library}:resnet18")
+    assert (code, out) == (2, "")
+    said = " ".join(err.replace("│", " ").split())
+    assert f"there is no module '{library}'; pip install {library}" in said
+    assert "nearest" not in said
+
+
+def test_code_that_fails_before_any_input_is_told_without_inputs(run, net):
+    with net.open("a") as file:
+        file.write("class Odd(Net):\n    def named_modules(self, *_, **__):\n        raise ValueError('not to be looked at')\n")
+    code, out, err = run("inspect", "net.py:Odd")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: net.py:Odd fails: ValueError: not to be looked at")
+
+
+def test_the_help_says_what_an_input_is_filled_with(run):
+    for command in ("inspect", "tune", "bench"):
+        assert "random normal numbers in float32" in " ".join(run(command, "--help")[1].replace("│", " ").split())
+
+
 def test_without_inputs_shapes_are_unknown(run, net):
     code, out, _ = run("inspect", "net:Net", "--json")
     report = json.loads(out)
@@ -380,13 +405,28 @@ def test_demo_through_the_compiler_saves_the_same(run):
     check_saving(json.loads(out))
 
 
-@pytest.mark.parametrize(("module", "extra"), [("typer", "cli"), ("rich.console", "cli"), ("sklearn.datasets", "demo")])
-def test_a_missing_extra_is_one_line_with_the_pip_command(run, monkeypatch, module, extra):
+MISSING = [
+    ("typer", "typer rich", "cli"), ("rich.console", "typer rich", "cli"), ("sklearn.datasets", "typer rich scikit-learn", "demo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "packages", "extra"), MISSING)
+def test_a_missing_extra_is_one_line_with_the_pip_command(run, monkeypatch, module, packages, extra):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "ssprop_fx.commands", raising=False)
     code, out, err = run("demo", "--epochs", "1")
     assert (code, out) == (1, "")
-    assert err == f"error: {module.partition('.')[0]} is not installed; pip install 'ssprop-fx[{extra}]'"
+    missing = module.partition(".")[0]
+    assert err == f"error: {missing} is not installed; pip install {packages}, or in a clone pip install '.[{extra}]'"
+
+
+def test_the_packages_that_are_named_are_those_of_the_extra():
+    from ssprop_fx.cli import _PACKAGES
+
+    declared = metadata("ssprop-fx").get_all("Requires-Dist")
+    for extra, packages in _PACKAGES.items():
+        own = {re.split(r"[>=<\[; ]", line)[0] for line in declared if f'extra == "{extra}"' in line} - {"ssprop-fx"}
+        assert own <= set(packages.split())
 
 
 # --- what is installed --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ def build():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SSPROP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # whatever this machine has, times are of its CPU
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
     profit._loaded.cache_clear()
@@ -117,6 +118,33 @@ def test_a_wrong_argument_is_explained(run, arguments, code, said):
     found, _, err = run(*arguments)
     assert found == code
     assert said in err
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+@pytest.mark.parametrize(
+    ("there", "given", "device"), [(True, [], "cuda"), (False, [], "cpu"), (True, ["--device", "cpu"], "cpu")]
+)
+def test_times_are_of_the_accelerator_where_there_is_one(run, monkeypatch, command, there, given, device):
+    class Refuses(nn.Module):
+        def to(self, where):
+            raise RuntimeError(f"the model was to be on {where}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr("ssprop_fx.timing_commands.load_model", lambda name: Refuses())
+    code, _, err = run(command, "net.py:build", "-i", "2x1x12x12", *given)
+    assert code == 2
+    assert f"the model was to be on {device}" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+def test_the_device_and_one_thread_are_named(run, command):
+    more = ["--arm", "eager", "--rounds", "1"] if command == "bench" else ["-o", "tuned.yaml"]
+    code, out, _ = run(command, "net.py:build", "-i", "2x1x12x12", "--device", "cpu", *more)
+    assert code == 0
+    assert ", cpu" in out
+    assert ", 1 thread" in out
+    assert "1 threads" not in out
 
 
 UNMATCHED = "rules:\n- layers: '0'\n  drop_rate: 0\n- layers: '7'\n  drop_rate: 0\n"
