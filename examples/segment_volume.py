@@ -12,7 +12,7 @@ import torch
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Run, autocast, batches, load_policy, options, prepare, seed_everything
+from training import Run, autocast, batches, load_policy, options, prepare, seed_everything, steps_of_an_epoch
 
 
 def volumes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> f
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options(__doc__ or "", epochs=20, batch=4)
+    parser = options(__doc__ or "", __file__, epochs=20, batch=4)
     parser.add_argument("--volumes", type=int, default=64, help="to train on; an eighth as many to test with")
     parser.add_argument("--size", type=int, default=32, help="of a volume, in voxels each way")
     chosen = parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, labels = volumes(chosen.volumes, chosen.size, chosen.seed)
     test_images, test_labels = volumes(max(chosen.volumes // 8, 4), chosen.size, chosen.seed + 1)
     seed_everything(chosen.seed)
-    per_epoch = len(images) // chosen.batch
+    per_epoch = steps_of_an_epoch(len(images), chosen.batch)
     policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(16, 32, 64), strides=(2, 2), num_res_units=1)
     model = model.to(chosen.device)

@@ -14,7 +14,7 @@ import torch
 from images import Images, shifted
 from torch import nn
 from torch.nn import functional as F
-from training import Run, autocast, batches, load_policy, options, prepare, seed_everything
+from training import Run, autocast, batches, load_policy, options, prepare, seed_everything, steps_of_an_epoch
 
 from ssprop_fx.demo import ResNet
 
@@ -56,7 +56,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, devic
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options(__doc__ or "", epochs=20)
+    parser = options(__doc__ or "", __file__, epochs=20)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, cifar10, cifar100, or a folder")
     parser.add_argument("--size", type=int, default=64, help="height and width of a folder's images")
     parser.add_argument("--model", default="small", help="small, torchvision:NAME or timm:NAME")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = Images(data.train.expand(-1, 3, -1, -1), data.train_labels, data.test.expand(-1, 3, -1, -1), data.test_labels)
 
     seed_everything(chosen.seed)
-    per_epoch = len(data.train) // chosen.batch
+    per_epoch = steps_of_an_epoch(len(data.train), chosen.batch)
     policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = build(chosen.model, data.train.shape[1], data.classes, chosen.dropout)
     model = model.to(chosen.device, memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from images import Images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
-from training import Run, autocast, batches, load_policy, options, prepare, seed_everything
+from training import Run, autocast, batches, load_policy, options, prepare, seed_everything, steps_of_an_epoch
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def write_grid(images: Tensor, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options(__doc__ or "", epochs=50, rate=1e-3)
+    parser = options(__doc__ or "", __file__, epochs=50, rate=1e-3)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, cifar10, cifar100, or a folder")
     parser.add_argument("--size", type=int, default=64, help="height and width of a folder's images")
     parser.add_argument("--width", type=int, default=32, help="channels of the first level")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(chosen.seed)
     images = scaled(data.train)
     channels, size = images.shape[1], images.shape[-1]
-    per_epoch = len(images) // chosen.batch
+    per_epoch = steps_of_an_epoch(len(images), chosen.batch)
     policy = load_policy(chosen.policy, chosen.epochs * per_epoch)
     model = build(chosen.width, channels, size).to(chosen.device)
     forward = prepare(model, policy, chosen.compile)

@@ -13,7 +13,7 @@ from images import Images
 from torch import nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
-from training import Run, autocast, batches, load_policy, options, prepare, seed_everything
+from training import Run, autocast, batches, load_policy, options, prepare, seed_everything, steps_of_an_epoch
 
 LATENT = 64
 
@@ -45,7 +45,7 @@ def discriminator(width: int, channels: int) -> nn.Sequential:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options(__doc__ or "", epochs=50, rate=2e-4)
+    parser = options(__doc__ or "", __file__, epochs=50, rate=2e-4)
     parser.add_argument("--data", default="digits", help="digits, fashion-mnist, cifar10, cifar100, or a folder")
     parser.add_argument("--size", type=int, default=64, help="height and width of a folder's images")
     parser.add_argument("--width", type=int, default=32, help="a quarter of the channels of the widest layers")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         discriminator(chosen.width, channels).to(chosen.device),
     )
     # one clock for each network: a shared one would advance twice in an iteration
-    per_epoch = len(real_images) // chosen.batch
+    per_epoch = steps_of_an_epoch(len(real_images), chosen.batch)
     steps = chosen.epochs * per_epoch
     make_policy = load_policy(chosen.policy, steps)
     judge_policy = load_policy(chosen.discriminator_policy or chosen.policy, steps)

@@ -24,10 +24,17 @@ import ssprop_fx
 from ssprop_fx import Policy
 
 
-def options(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser of the options that all examples have."""
+def options(description: str, script: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser of the options that all examples have.
+
+    Args:
+        script: the example's ``__file__``, whose name its runs' folder has.
+        defaults: ``epochs``, ``batch`` and ``rate``.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of the run")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs", Path(script).stem), help="folder of the run; default: %(default)s"
+    )
     parser.add_argument(
         "--policy", default="default", help="a policy file; `default`: 0.8 at every other step, then a dense quarter; `dense`"
     )
@@ -77,6 +84,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)
+
+
+def steps_of_an_epoch(images: int, batch: int) -> int:
+    """Whole batches of so many images.
+
+    Raises:
+        SystemExit: there is not one.
+    """
+    if not 0 < batch <= images:
+        raise SystemExit(f"--batch {batch}: no step can be made of {images} images; expected a whole number from 1 to {images}")
+    return images // batch
 
 
 def batches(images: int, batch: int, step: int, seed: int) -> Tensor:
@@ -174,10 +192,20 @@ class Run:
         part.replace(self.folder / "checkpoint.pt")
 
     def _load(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        self.step, self.sums, self.history = state["step"], state["sums"], state["history"]
+        file = self.folder / "checkpoint.pt"
+        state = torch.load(file, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except ssprop_fx.PolicyError:  # which says what differs
+                raise
+            except (KeyError, RuntimeError, ValueError) as problem:  # what is not there, modules, optimizers
+                why = "it has none" if name not in state else str(problem).partition("\n")[0].rstrip(":")
+                raise SystemExit(
+                    f"--resume: {file} is of another example, or of other options, and does not fit the {name} of this run "
+                    f"({why}); name another folder with --out, or leave out --resume to begin anew"
+                ) from None
+        self.step, self.sums, self.history = state["step"], state["sums"], state["history"]
         set_random_state(state["random"])
 
 

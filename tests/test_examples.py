@@ -65,6 +65,33 @@ def test_the_default_of_a_longer_run_is_another_schedule(tmp_path):
         train("segment_volume", tmp_path, "--short", "--resume")
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_example_has_a_folder_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    __import__(name)
+    sys.modules[name].main(["--short", "--epochs", "1"])
+    assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["train_gan", "segment_volume"])
+def test_a_checkpoint_of_another_example_is_refused(name, tmp_path):
+    train("train_classifier", tmp_path, "--short", "--epochs", "1")
+    (log,) = tmp_path.glob("log.jsonl")
+    before = log.read_text()
+    with pytest.raises(
+        SystemExit, match=r"checkpoint\.pt is of another example, or of other options.*another folder with --out"
+    ):
+        train(name, tmp_path, "--short", "--resume")
+    assert log.read_text() == before
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("policy", ["default", "dense"])
+def test_a_batch_that_cannot_be_filled_is_refused(name, policy, tmp_path):
+    with pytest.raises(SystemExit, match=r"--batch 5000: no step can be made of \d+ images; expected .* from 1 to"):
+        train(name, tmp_path, "--short", "--batch", "5000", "--policy", policy)
+
+
 def test_dense_and_a_policy_file(tmp_path):
     (tmp_path / "policy.yaml").write_text("drop_rate: 0.5\nschedule: {kind: constant}\n")
     dense = train("train_classifier", tmp_path / "dense", "--short", "--policy", "dense")
