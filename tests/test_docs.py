@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -166,6 +167,32 @@ def test_pictures_and_pages_that_are_referred_to_exist():
                 assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
 
 
+def test_pages_of_the_site_refer_to_files_that_are_published():
+    """Links out of `docs` and to what is left out are dead there; so are paths in raw HTML, which nobody rewrites."""
+    for name in PAGES[1:]:
+        text = re.sub(FENCE, "", (ROOT / name).read_text(encoding="utf-8"))
+        assert not re.search(r"<(img|a) ", text), name
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if not target.startswith("http"):
+                file = (ROOT / name).parent.joinpath(target).resolve()
+                assert file.is_relative_to(ROOT / "docs"), f"{name}: {target}"
+                assert file.is_file(), f"{name}: {target}"
+                assert file.suffix in (".md", ".png"), f"{name}: {target}"
+
+
+def dead_links(site):
+    """(page, target) of every reference inside of the site that leads nowhere."""
+    for page in site.rglob("*.html"):
+        for target in re.findall(r'(?:href|src)="([^"]+)"', page.read_text(encoding="utf-8")):
+            path, _, anchor = unquote(target).partition("#")
+            if page.name == "404.html" or re.match(r"[a-z]+:|//", target):
+                continue
+            file = page.parent / path if path else page
+            file = file / "index.html" if file.is_dir() else file
+            if not file.exists() or (anchor and f'id="{anchor}"' not in file.read_text(encoding="utf-8")):
+                yield str(page.relative_to(site)), target
+
+
 def test_every_page_is_in_the_site():
     import yaml
 
@@ -185,6 +212,9 @@ def test_the_site_builds(tmp_path):
     command = [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert list(dead_links(tmp_path)) == []
+    assert (tmp_path / "results" / "ddpm" / "dense.png").exists()
+    assert not list((tmp_path / "results").rglob("*.json"))
     api = (tmp_path / "api" / "index.html").read_text()
     for name in ssprop_fx.__all__:
         assert f'id="ssprop_fx.{name}"' in api, name
