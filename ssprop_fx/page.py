@@ -13,10 +13,12 @@ from .cost import Call
 from .dataflow import Operation, operations
 from .masking import is_masked
 from .report import of_a_step
+from .summary import rewritten
 
 if TYPE_CHECKING:
     from .report import Report, Row
 
+_BY = {"transform": " by transform", "backend": " by the compiler backend", "policy": " under the policy"}  # the front ends
 _STEPS = 200  # positions of the slider
 _FACTORS = 48  # distinct factors among them
 _HORIZON = 1 << 16  # steps that are looked at to find them
@@ -59,7 +61,7 @@ def page_data(report: Report) -> dict[str, Any]:
         sections.append(_rows_section(title, rest, report, first))
     return {
         "model": report.model,
-        "frontEnd": report.front_end,
+        "rewritten": rewritten(report, _BY[report.front_end]),
         "summary": report.summary().splitlines(),
         "digest": report.policy.digest,
         "policy": report.policy.to_dict(),

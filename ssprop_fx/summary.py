@@ -16,13 +16,8 @@ _UNKNOWN = (
 
 def summarized(report: Report) -> str:
     """Two to six lines: coverage, step, FLOPs, memory; and one for each rule of no effect."""
-    rewritten, would = sum(r.rewritten for r in report.rows), " would be" if report.front_end == "policy" else ""
-    linear = any(r.kind == "linear" for r in report.rows)
-    what = "layers" if linear else "convolutions"
-    lines = [
-        f"{report.model} through {report.front_end}: {rewritten} of {len(report.rows)} {what}{would} rewritten; "
-        f"step {report.step}, factor {report.factor:g}"
-    ]
+    by = {"transform": "through transform", "backend": "through the backend", "policy": "under the policy"}[report.front_end]
+    lines = [f"{report.model} {by}: {rewritten(report)}; step {report.step}, factor {report.factor:g}"]
     lines += [f"without effect so far: {problem}" for problem in report.unmatched]
     if report.measurement is not None:
         lines.append(str(report.measurement))
@@ -31,7 +26,7 @@ def summarized(report: Report) -> str:
         if report.measurement is not None:
             why = "the measured step has no convolution's backward pass"
         return "\n".join([*lines, f"FLOPs: {why}"])
-    kinds = "convolution and linear" if linear else "convolution"
+    kinds = "convolution and linear" if _has_linear(report) else "convolution"
     lines.append(f"backward {kinds} FLOPs of a step: {_saved(report.conv_flops)}")
     unknown = sum(row.rewritten and row.flops_dense is None for row in report.rows)
     if unknown and report.measurement is None:
@@ -43,6 +38,26 @@ def summarized(report: Report) -> str:
         mebibytes = {when: value / 2**20 for when, value in report.grad_bytes.items()}
         lines.append(f"memory of output gradients read: {_saved(mebibytes, ' MiB')}")
     return "\n".join(lines)
+
+
+def rewritten(report: Report, by: str = "") -> str:
+    """``52 of 53 convolutions rewritten, 1 dense by rule``: what the terminal and the page say.
+
+    Args:
+        by: what stands after "rewritten".
+    """
+    what, many = "layer" if _has_linear(report) else "convolution", len(report.rows)
+    sparse = sum(row.rewritten and row.drop_rate > 0 for row in report.rows)
+    left = sum(not row.rewritten for row in report.rows)
+    would = " would be" if report.front_end == "policy" else ""
+    parts = [f"{sparse} of {many} {what}{'' if many == 1 else 's'}{would} rewritten{by}"]
+    parts += [f"{many - sparse - left} dense by rule"] if many > sparse + left else []
+    parts += [f"{left} not reached"] if left else []
+    return ", ".join(parts)
+
+
+def _has_linear(report: Report) -> bool:
+    return any(row.kind == "linear" for row in report.rows)
 
 
 def _saved(flops: Mapping[str, float], unit: str = "") -> str:

@@ -379,7 +379,7 @@ def test_demo_prints_a_table_and_the_report(run, tmp_path):
         "test accuracy",
         "backward convolution FLOPs",
         "mean step time",
-        "9 of 9 convolutions rewritten",
+        "8 of 9 convolutions rewritten, 1 dense by rule",
         "drop rate 0",
     ):
         assert words in out
@@ -437,7 +437,7 @@ def test_quickstart_runs_from_any_directory(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "20 of 20 convolutions rewritten" in done.stdout
+    assert "19 of 20 convolutions rewritten, 1 dense by rule" in done.stdout
 
 
 def test_torch_lists_the_backend_without_our_being_imported():

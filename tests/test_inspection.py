@@ -522,7 +522,7 @@ def test_before_transform_the_policy_tells_the_same(resnet):
     assert foreseen.policy is policy
     assert foreseen.rows == report.rows
     assert (foreseen.conv_flops, foreseen.step_flops) == (report.conv_flops, report.step_flops)
-    assert "20 of 20 convolutions would be rewritten" in str(foreseen)
+    assert "ResNet under the policy: 20 of 20 convolutions would be rewritten;" in str(foreseen)
     assert not hasattr(net, "_ssprop")
     assert "FLOPs: not known until the layers have run in a training step" in policy.explain(net).report().summary()
 

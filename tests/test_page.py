@@ -47,6 +47,25 @@ def test_units_are_the_calls_and_phases_sum_to_the_totals(report):
         assert sum(data["phases"][phase]["flops"]) == report.at(step).flops_now
 
 
+def test_the_page_counts_as_the_terminal_does_and_names_each_front_end(report):
+    torch._dynamo.reset()
+    net, chosen, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), policy(), torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(net, backend="ssprop", options={"policy": chosen, "inner": "aot_eager"})
+    found = {
+        "through transform": (report, "19 of 20 convolutions rewritten", " by transform", ", 1 dense by rule"),
+        "through the backend": (
+            ssprop_fx.inspect(compiled, x),
+            "2 of 2 convolutions rewritten",
+            " by the compiler backend",
+            "",
+        ),
+        "under the policy": (chosen.explain(net).report(x), "2 of 2 convolutions would be rewritten", " under the policy", ""),
+    }
+    for way, (of, count, by, rest) in found.items():
+        assert page_data(of)["rewritten"] == count + by + rest
+        assert str(of).startswith(f"{of.model} {way}: {count}{rest}; step ")
+
+
 def test_nodes_name_their_inputs(report):
     (section,) = page_data(report)["sections"]
     nodes = {node["name"]: node for node in section["nodes"]}

@@ -602,13 +602,7 @@ dark.addEventListener("change", paint);
 
 paint();
 $("model").textContent = data.model;
-const sparse = data.layers.filter((layer) => layer.rewritten && layer.rate).length;
-const byRule = data.layers.filter((layer) => layer.rewritten && !layer.rate).length;
-const left = data.layers.length - sparse - byRule;
-$("facts").textContent = [
-  `${sparse} of ${plural(data.layers.length, "convolution")} rewritten by ${data.frontEnd === "transform" ? "transform" : "the compiler backend"}`,
-  byRule && `${byRule} dense by rule`, left && `${left} not reached`, `policy ${data.digest}`,
-].filter(Boolean).join(", ");
+$("facts").textContent = `${data.rewritten}, policy ${data.digest}`;
 if (data.sections.every((section) => section.items.length === 0)) scroller.textContent = "There is nothing to show.";
 slider.max = data.steps.length - 1;
 curve();
