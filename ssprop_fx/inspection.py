@@ -54,8 +54,9 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
             calls in its first step, up to the layer's first backward pass.
 
     Raises:
-        SSPropError: the model is neither, or it is compiled and no graph has been captured yet, or there are example
-            inputs for a model that FSDP has sharded, or of which a lazy part has not run yet.
+        SSPropError: the model is neither, or there are example inputs for a model that FSDP has sharded, or of which a lazy
+            part has not run yet.
+        Unreached: an ``SSPropError``; the model is compiled and no graph of it has been captured yet.
 
     Examples:
         >>> policy = ssprop_fx.Policy(drop_rate=0.75, schedule={"kind": "constant"})
