@@ -25,6 +25,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
     profit._loaded.cache_clear()
+    torch._dynamo.reset()  # what other tests have compiled makes sizes dynamic, and errors name them otherwise
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ssprop-fx", *arguments])
