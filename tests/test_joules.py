@@ -142,7 +142,7 @@ def test_where_nothing_counts_energy_nothing_is_timed(tmp_path, monkeypatch):
 
 def test_a_gpu_without_nvml_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(SSPropError, match=r"pip install 'ssprop-fx\[energy\]'"):
+    with pytest.raises(SSPropError, match=r"pip install nvidia-ml-py"):
         energy.counter_of(torch.device("cuda", 0))
     with pytest.raises(SSPropError, match="meta: nothing counts it"):
         energy.counter_of(torch.device("meta"))
