@@ -89,16 +89,16 @@ def steps(tensor: Tensor) -> tuple[int, int, int] | None:
     None if positions are not equally far apart. What is cut from the channels of another tensor has steps, too.
     """
     sample, channel, *spatial = tensor.stride()
-    position = whole = sample  # of a single position
+    position = following = None  # the next position after a dimension's last one
     for size, step in zip(reversed(tensor.shape[2:]), reversed(spatial), strict=True):
         if size == 1:
             continue
-        if whole is sample:
-            position = whole = step
-        if step != whole:
+        if position is None:
+            position = step
+        elif step != following:
             return None
-        whole = step * size
-    return sample, position, channel
+        following = step * size
+    return sample, sample if position is None else position, channel
 
 
 def _dense_steps(tensor: Tensor) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """The loops in C against PyTorch's operations, over layouts and geometries; and what must not reach them."""
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -237,6 +238,24 @@ def test_a_gradient_may_lie_in_any_way(loop, inputs, outputs, groups, keep, kern
         grad, x, weight = tensors(arrangement, samples, inputs, outputs, [kernel] * dim, sizes, args)
         grad = GRADIENTS[gradient](grad)
         check(getattr(native, loop), grad, x, weight, some(outputs, groups, keep), args, masks)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 5, 4), (2, 2, 2, 2), (4, 3, 1, 4), (1, 2, 3, 4), (2, 3, 1, 1), (4, 1, 4, 4)])
+def test_steps_lead_to_every_element_or_there_are_none(sizes):
+    """In every order of dimensions, whole and cut: samples may lie among the positions, too."""
+    for order in itertools.permutations(range(4)):
+        whole = torch.arange(math.prod(sizes)).view([sizes[d] for d in order]).permute([order.index(d) for d in range(4)])
+        for tensor in (whole, whole[:, ::2], whole[..., :-1], whole[..., ::2, :]):
+            flat, found = tensor.flatten(2) if tensor.numel() else None, native.steps(tensor)
+            if flat is None:
+                continue
+            n, k, p = (torch.arange(size) for size in flat.shape)
+            if found is None:
+                steps = flat.diff(dim=2)
+                assert steps.unique().numel() > 1
+            else:
+                sample, position, channel = found
+                assert torch.equal(flat - flat[0, 0, 0], sample * n[:, None, None] + channel * k[:, None] + position * p)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
