@@ -20,7 +20,7 @@ from torch import nn
 
 from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
 from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
-from .sharing import attributes, is_gone
+from .references import attributes, is_gone
 
 Known = dict[tuple[type, frozenset[Any]], bool]  # a class and what its module holds → whether that reaches a convolution
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of

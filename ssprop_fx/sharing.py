@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .references import FUNCTIONS, SEQUENCES, Cached, contents, dict_of, held_in, in_slots, is_proxy, reachable
+
 logger = logging.getLogger(__name__)
 
-_SEQUENCES = (list, tuple, set, frozenset, deque)
-_CONTAINERS = (dict, *_SEQUENCES, functools.partial, types.MethodType)
-_Cached = type(functools.lru_cache(len))
-_FUNCTIONS = (types.FunctionType, _Cached)
-_LEAVES = (type, types.ModuleType, str, bytes, int, float, complex, type(None), *weakref.ProxyTypes)
+_CONTAINERS = (dict, *SEQUENCES, functools.partial, types.MethodType)
 
 
 class _KeepTensors(TorchFunctionMode):
@@ -81,7 +77,7 @@ def shared_copy(
                         _share_listeners(value.values(), memo)
                     state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
     for module in modules:
-        for name, value in _in_slots(module).items():
+        for name, value in in_slots(module).items():
             key = f"{type(module).__name__}.{name}"
             object.__setattr__(memo[id(module)], name, _copied(value, memo, tree, key, share_listeners))
     for module in modules:
@@ -104,46 +100,6 @@ def _empty(module: nn.Module) -> nn.Module:
         type(new).__name__, type(new).forward = cls.__name__, cls.forward
         return new
     return cls.__new__(cls) if cls.__new__ is object.__new__ else object.__new__(cls)
-
-
-def attributes(value: Any) -> list[Any]:
-    """What an object keeps, in its ``__dict__`` or in slots; not in slots if it says itself what its state is, as a policy."""
-    cls = cast(Any, type(value))
-    kept = list(_dict_of(value).values())
-    return kept + list(_in_slots(value).values()) if _slots(cls) and not _tells_state(cls) else kept
-
-
-def _dict_of(value: Any) -> dict[str, Any]:
-    try:  # not through a __getattr__ of its own, which may do, and raise, anything
-        return object.__getattribute__(value, "__dict__")
-    except (AttributeError, TypeError):
-        return {}
-
-
-def _tells_state(cls: type) -> bool:
-    told = getattr(cls, "__getstate__", None)
-    return isinstance(told, types.FunctionType) and told.__module__ != "dataclasses" and not issubclass(cls, nn.Module)
-
-
-def _in_slots(value: Any) -> dict[str, Any]:
-    """The attributes that an object keeps outside of its ``__dict__``, in slots that a Python class declares."""
-    found, cls = {}, cast(Any, type(value))
-    for name, slot in _slots(cls):
-        with contextlib.suppress(AttributeError):  # an empty one
-            found[name] = slot.__get__(value)
-    return found
-
-
-def _slots(cls: type) -> list[tuple[str, Any]]:
-    found = []
-    for klass in cls.__mro__:
-        declared = vars(klass).get("__slots__", ())
-        for name in (declared,) if isinstance(declared, str) else declared:
-            if name not in ("__dict__", "__weakref__"):
-                inner = f"_{klass.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
-                if isinstance(vars(klass).get(inner), types.MemberDescriptorType):
-                    found.append((inner, vars(klass)[inner]))
-    return found
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
@@ -185,21 +141,8 @@ def _join_entries_and_attributes(found: Iterable[Any], memo: dict[int, Any]) -> 
     """Where a dictionary's entries are its attributes, ``self.__dict__ = self``, make them so in its copy."""
     for value in found:
         new = memo.get(id(value), value)
-        if isinstance(value, dict) and _dict_of(value) is value and new is not value and type(new) is type(value):
+        if isinstance(value, dict) and dict_of(value) is value and new is not value and type(new) is type(value):
             object.__setattr__(new, "__dict__", new)
-
-
-def is_proxy(value: Any) -> bool:
-    """Whether a value is one of ``weakref.proxy``: asked for anything else, it answers for what it stands for, or raises."""
-    return type(value) in weakref.ProxyTypes
-
-
-def is_gone(value: Any) -> bool:
-    """Whether a value is a proxy of an object that lives no longer."""
-    try:
-        return is_proxy(value) and not hasattr(value, "__class__")
-    except ReferenceError:
-        return True
 
 
 def _proxies(found: Iterable[Any], modules: Iterable[nn.Module], memo: dict[int, Any]) -> dict[int, Any]:
@@ -224,58 +167,6 @@ def _copies(leaf: Any) -> bool:
     return True
 
 
-def reachable(
-    roots: Iterable[Any], objects: bool = True, proxies: bool = False, beyond: Set[int] = frozenset()
-) -> Iterator[Any]:
-    """What a deep copy would come to, and what functions have in their closures.
-
-    Args:
-        objects: look into modules and other objects, too, not only into containers, methods and functions.
-        proxies: give weak proxies, too; what they stand for is not looked into.
-        beyond: ids of further values that are not looked into.
-    """
-    stack, seen = deque(roots), set()
-    keep = []  # what lives no longer could share its identity with another object
-    while stack:
-        value = stack.pop()
-        if proxies and is_proxy(value):
-            yield value
-        if id(value) in seen or issubclass(type(value), _LEAVES):  # isinstance would ask a proxy for what it stands for
-            continue
-        seen.add(id(value))
-        keep.append(value)
-        yield value
-        if isinstance(value, (Tensor, torch.jit.ScriptModule)) or id(value) in beyond:
-            continue
-        if isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, _SEQUENCES):
-            stack.extend(value)
-        elif isinstance(value, functools.partial):
-            stack.extend((value.func, value.args, value.keywords))
-        elif isinstance(value, types.MethodType):
-            stack.append(value.__self__)
-        elif isinstance(value, _FUNCTIONS):
-            stack.extend(_contents(value))
-        if objects and not isinstance(value, types.FunctionType):
-            stack.extend(attributes(value))
-
-
-def _contents(function: Any) -> list[Any]:
-    """What a function has in its closure and as defaults; the function that one with a cache has."""
-    if isinstance(function, _Cached):
-        return [function.__wrapped__]
-    cells = function.__closure__ or ()
-    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *map(_held, cells)]
-
-
-def _held(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # still empty
-        return None
-
-
 def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, Any], warn: bool) -> None:
     """Put functions and weak references into the memo that refer to the copies where the originals refer to the tree.
 
@@ -286,13 +177,13 @@ def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, An
     for ref in found:
         if isinstance(ref, weakref.ref) and id(ref()) in tree:
             memo[id(ref)] = weakref.ref(memo[id(ref())])
-    functions: list[Any] = [f for f in found if isinstance(f, _FUNCTIONS)]
-    functions = [f for f in functions if any(_names(c, tree, objects=True) for c in _contents(f))]
+    functions: list[Any] = [f for f in found if isinstance(f, FUNCTIONS)]
+    functions = [f for f in functions if any(_names(c, tree, objects=True) for c in contents(f))]
     if not functions:
         return
-    kept = (v for m in modules for k, v in [*vars(m).items(), *_in_slots(m).items()] if not _is_hooks(k, v))
+    kept = (v for m in modules for k, v in [*vars(m).items(), *in_slots(m).items()] if not _is_hooks(k, v))
     attached = {id(value) for value in reachable(kept, beyond=tree)}
-    functions = [f for f in functions if id(f) in attached or any(_names(c, tree) for c in _contents(f))]
+    functions = [f for f in functions if id(f) in attached or any(_names(c, tree) for c in contents(f))]
     functions.sort(key=lambda f: id(f) not in attached)  # these first: what they have copied, the others have, too
     others = {id(f): _copier(f, memo, tree, warn) if id(f) in attached else _same for f in functions}
     plain = [f for f in functions if isinstance(f, types.FunctionType)]
@@ -300,7 +191,7 @@ def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, An
     for f in plain:
         closure = []
         for cell in f.__closure__ or ():
-            if id(cell) not in memo and _names(_held(cell), tree, objects=id(f) in attached):
+            if id(cell) not in memo and _names(held_in(cell), tree, objects=id(f) in attached):
                 memo[id(cell)] = types.CellType()
                 cells.append((memo[id(cell)], cell, others[id(f)]))
             closure.append(memo.get(id(cell), cell))
@@ -309,7 +200,7 @@ def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, An
         new.__dict__.update(f.__dict__)
         memo[id(f)] = new
     for f in functions:
-        if isinstance(f, _Cached):
+        if isinstance(f, Cached):
             memo[id(f)] = functools.lru_cache(**f.cache_parameters())(_replaced(f.__wrapped__, memo, others[id(f)]))
     for new_cell, cell, other in cells:
         new_cell.cell_contents = _replaced(cell.cell_contents, memo, other)
@@ -375,4 +266,4 @@ def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:
                 memo.setdefault(id(listener), listener)
 
 
-__all__ = ["attributes", "is_gone", "reachable", "shared_copy"]
+__all__ = ["shared_copy"]

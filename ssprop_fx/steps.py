@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ._compat import without_gradient_hooks
 from .errors import SSPropError
+from .references import reachable
 from .schedule import clocks_put_back
-from .sharing import reachable
 
 
 @contextlib.contextmanager

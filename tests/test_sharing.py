@@ -13,7 +13,7 @@ from torch import nn
 
 import ssprop_fx
 from ssprop_fx import Policy, inspect, transform
-from ssprop_fx.sharing import reachable
+from ssprop_fx.references import reachable
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -136,8 +136,8 @@ int ssprop_version(void) { return 5; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
-/* Sums of |grad| over samples and positions. sample, position and channel: how far apart neighbouring ones are in memory; either
-   channels or positions lie side by side, and then positions are equally far apart across samples. */
+/* Sums of |grad| over samples and positions. sample, position and channel: how far apart neighbouring ones are in memory. Either
+   channels lie side by side, and the positions of all samples are equally far apart, or positions lie side by side. */
 int ssprop_abs_sum(const float *grad, int64_t samples, int64_t channels, int64_t positions, int64_t sample, int64_t position,
                    int64_t channel, float *sums, int threads)
 {

@@ -177,29 +177,25 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
     /* one stretch of memory */
     int whole = apart == 1 && end->input - runs->input == end->start && end->sample == runs->sample;
     for (const Run *run = runs; all->taps > 1 && run->start < count; run++) NAME(columns)(all, run, g + run->start, 1, step);
-    for (const Run *run = runs; all->taps == 1 && run->start < count; run++) {
-        int64_t apart = geo->grad_position, some = apart == 1 ? run->count : LINE; /* of a row of channels every cache line once */
+    int64_t position = geo->grad_position, some = position == 1 ? count : LINE; /* of a row of channels each cache line once */
+    for (const Run *run = runs; all->taps == 1 && run->start < count; run++)
         for (int64_t first = 0; first < run->count; first += some)
             for (int64_t j = 0; j < kept; j++) {
-                float *restrict to = g + j * step + run->start;
-                const float *restrict from = all->grad + run->grad + all->index[j] * geo->grad_channel;
-                int64_t last = first + some < run->count ? first + some : run->count;
-                if (apart == 1) memcpy(to, from, (size_t)run->count * sizeof(float));
-                else
-                    for (int64_t p = first; p < last; p++) to[p] = from[p * apart];
+                const float *restrict from = all->grad + run->grad + all->index[j] * geo->grad_channel + first * position;
+                float *restrict to = g + j * step + run->start + first;
+                int64_t rest = run->count - first, most = rest < some ? rest : some;
+                if (position == 1) memcpy(to, from, (size_t)most * sizeof(float));
+                for (int64_t p = 0; position != 1 && p < most; p++) to[p] = from[p * position];
             }
-    }
-    for (int64_t j = 0; all->taps == 1 && j < kept; j++) {
-        if (db) {
-            enum { WIDTH = 16 };
-            float lanes[WIDTH] = {0}, sum = 0;
-            int64_t p = 0;
-            for (; p + WIDTH <= count; p += WIDTH)
-                for (int lane = 0; lane < WIDTH; lane++) lanes[lane] += g[j * step + p + lane];
-            for (; p < count; p++) sum += g[j * step + p];
-            for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
-            db[j] += sum;
-        }
+    for (int64_t j = 0; db && all->taps == 1 && j < kept; j++) {
+        enum { WIDTH = 16 };
+        float lanes[WIDTH] = {0}, sum = 0;
+        int64_t p = 0;
+        for (; p + WIDTH <= count; p += WIDTH)
+            for (int lane = 0; lane < WIDTH; lane++) lanes[lane] += g[j * step + p + lane];
+        for (; p < count; p++) sum += g[j * step + p];
+        for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
+        db[j] += sum;
     }
     if (all->input_grad)
         for (int64_t c = 0; c < inputs; c += SIX) {
