@@ -7,7 +7,7 @@ setup(
         Extension(
             "ssprop_fx.kernels._kernels",
             sources=["ssprop_fx/kernels/kernels.c"],
-            depends=[f"ssprop_fx/kernels/{name}.h" for name in ("loops", "products", "stem")],
+            depends=[f"ssprop_fx/kernels/{name}.h" for name in ("loops", "direct", "products", "stem")],
             extra_compile_args=["-O3", "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,  # without a compiler PyTorch's operations do the same

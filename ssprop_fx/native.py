@@ -7,11 +7,13 @@ operations, which takes longer: most of all for depthwise layers and layers of f
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.machinery
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ def serves(*tensors: Tensor) -> bool:
 def _plain(tensor: Tensor) -> bool:
     """Whether the numbers are what lies in memory: no subclass, no sparse layout, no sign that is still to be changed."""
     known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
-    here = known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
+    here = known and tensor.is_cpu and tensor.dtype is torch.float32 and tensor.numel() > 0
     return here and tensor.data_ptr() != 0  # autograd's zeros that lie nowhere
 
 
@@ -83,14 +85,18 @@ def channels_innermost(tensor: Tensor) -> bool:
     return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
 
 
-def steps(tensor: Tensor) -> tuple[int, int, int] | None:
+# What depends on shapes alone is found once for each: of a small layer's time it would be a tenth.
+
+
+@functools.lru_cache(4096)
+def steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int] | None:
     """How far apart samples, neighbouring positions, and channels of (N, K, *spatial) are in memory.
 
     None if positions are not equally far apart. What is cut from the channels of another tensor has steps, too.
     """
-    sample, channel, *spatial = tensor.stride()
+    sample, channel, *spatial = strides
     position = following = None  # the next position after a dimension's last one
-    for size, step in zip(reversed(tensor.shape[2:]), reversed(spatial), strict=True):
+    for size, step in zip(reversed(shape[2:]), reversed(spatial), strict=True):
         if size == 1:
             continue
         if position is None:
@@ -101,15 +107,16 @@ def steps(tensor: Tensor) -> tuple[int, int, int] | None:
     return sample, sample if position is None else position, channel
 
 
-def _dense_steps(tensor: Tensor) -> tuple[int, int] | None:
+def _innermost(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """:func:`channels_innermost` of a shape and strides."""
+    return channels_innermost(torch.empty_strided(shape, strides, device="meta"))
+
+
+def _dense_steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
     """How far apart positions and channels are in dense memory, in one of the two layouts; None in any other."""
-    if channels_innermost(tensor):
-        return tensor.shape[1], 1
-    return (1, _positions(tensor)) if tensor.is_contiguous() else None
-
-
-def _positions(tensor: Tensor) -> int:
-    return tensor.numel() // (tensor.shape[0] * tensor.shape[1])
+    if _innermost(shape, strides):
+        return shape[1], 1
+    return (1, math.prod(shape[2:])) if torch.empty_strided(shape, strides, device="meta").is_contiguous() else None
 
 
 def abs_sum(grad: Tensor) -> Tensor | None:
@@ -117,16 +124,23 @@ def abs_sum(grad: Tensor) -> Tensor | None:
 
     None where neither channels nor positions lie side by side.
     """
-    layout = steps(grad)
+    sizes = _sizes(grad.shape, grad.stride())
+    if sizes is None:
+        return None
+    sums = grad.new_empty(grad.shape[1])
+    _run("ssprop_abs_sum", grad, grad.data_ptr(), *sizes, sums.data_ptr())
+    return sums
+
+
+@functools.lru_cache(4096)
+def _sizes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """Samples, channels, positions, and how far apart each are; None where neither channels nor positions lie side by side."""
+    layout, positions = steps(shape, strides), math.prod(shape[2:])
     if layout is None:
         return None
     sample, position, channel = layout
-    even = grad.shape[0] == 1 or sample == position * _positions(grad)
-    if not (even if channel == 1 else position == 1):
-        return None
-    sums = grad.new_empty(grad.shape[1])
-    _run("ssprop_abs_sum", grad, grad.data_ptr(), *grad.shape[:2], _positions(grad), *layout, sums.data_ptr())
-    return sums
+    even = shape[0] == 1 or sample == position * positions
+    return (shape[0], shape[1], positions, *layout) if (even if channel == 1 else position == 1) else None
 
 
 def kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:
@@ -184,33 +198,62 @@ def products(
 def _gradients(
     loop: int, grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool]
 ) -> Gradients | None:
-    grad_steps, input_steps = steps(grad), _dense_steps(input)
-    if grad_steps is None or input_steps is None:
+    layout = _layout(
+        loop, grad.shape, grad.stride(), input.shape, input.stride(), weight.shape, weight.stride(),
+        tuple(args.stride), tuple(args.padding), tuple(args.dilation),
+    )  # fmt: skip
+    if layout is None:
         return None
-    geometry: list[Sequence[int]] = [
-        *(_three(sizes) for sizes in (input.shape[2:], grad.shape[2:], weight.shape[2:], args.stride)),
-        _three(args.padding, 0),
-        _three(args.dilation),
-        grad_steps,
-        input_steps,
-    ]
-    last = loop != _DIRECT and channels_innermost(weight)
-    geometry.append((1, weight.shape[1]) if last else (math.prod(weight.shape[2:]), 1))
-    numbers = [n for part in geometry for n in part]
-    index, kernels = index.contiguous(), weight if last else weight.contiguous()
+    index, kernels = index.contiguous(), weight if layout.weight_last else weight.contiguous()
     input_grad = torch.empty_like(input) if mask[0] else None
     weight_grad = torch.zeros_like(kernels) if mask[1] else None
     bias_grad = grad.new_zeros(grad.shape[1]) if mask[2] else None
     _run(
-        "ssprop_gradients", max(grad, input, key=Tensor.numel), loop,
+        "ssprop_gradients", grad if grad.numel() > input.numel() else input, loop,
         grad.data_ptr(), input.data_ptr(), kernels.data_ptr(), index.data_ptr(),
-        index.shape[0], grad.shape[0], grad.shape[1], input.shape[1], args.groups,
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        *(None if g is None else g.data_ptr() for g in (input_grad, weight_grad, bias_grad)),
+        index.shape[0], grad.shape[0], grad.shape[1], input.shape[1], args.groups, layout.numbers,
+        *[None if g is None else g.data_ptr() for g in (input_grad, weight_grad, bias_grad)],
     )  # fmt: skip
     if weight_grad is not None and weight_grad.stride() != weight.stride():
         weight_grad = torch.empty_like(weight).copy_(weight_grad)
     return input_grad, weight_grad, bias_grad
+
+
+class _Layout(NamedTuple):
+    """``numbers`` are those of a Geometry, as in kernels.c; ``weight_last``: the weight is read with channels innermost."""
+
+    numbers: ctypes.Array[ctypes.c_int64]
+    weight_last: bool
+
+
+@functools.lru_cache(4096)
+def _layout(
+    loop: int,
+    grad: Sequence[int],
+    grad_strides: Sequence[int],
+    input: Sequence[int],
+    input_strides: Sequence[int],
+    weight: Sequence[int],
+    weight_strides: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> _Layout | None:
+    """Of a convolution whose tensors have these shapes and strides; None if a loop cannot read them."""
+    grad_steps, input_steps = steps(grad, grad_strides), _dense_steps(input, input_strides)
+    if grad_steps is None or input_steps is None:
+        return None
+    last = loop != _DIRECT and _innermost(weight, weight_strides)
+    parts: list[Sequence[int]] = [
+        *(_three(sizes) for sizes in (input[2:], grad[2:], weight[2:], stride)),
+        _three(padding, 0),
+        _three(dilation),
+        grad_steps,
+        input_steps,
+        (1, weight[1]) if last else (math.prod(weight[2:]), 1),
+    ]
+    numbers = [n for part in parts for n in part]
+    return _Layout((ctypes.c_int64 * len(numbers))(*numbers), last)
 
 
 def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:

@@ -33,11 +33,11 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
     Returns:
         (K,), at least float32. Only its order has a meaning.
     """
+    if criterion == "l1" and sliced and native.serves(grad) and (sums := native.abs_sum(grad)) is not None:
+        return sums
     dtype = _score_dtype(grad)
     dims = [d for d in range(grad.dim()) if d != 1]
     if criterion == "l1":
-        if sliced and native.serves(grad) and (sums := native.abs_sum(grad)) is not None:
-            return sums
         return _sum(lambda g: g.abs().sum(dims, dtype=dtype), sliced, grad)
     if criterion == "l2":
         return _sum(lambda g: g.to(dtype).square().sum(dims), sliced, grad)

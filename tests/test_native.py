@@ -133,16 +133,33 @@ def test_gradients_pair_by_pair(inputs, outputs, groups, keep, arrangement):
         check(native.direct, *given, some(outputs, groups, keep), args, [ALL, (False, True, False)])
 
 
-def test_depthwise_gradients_of_long_rows_go_in_strips():
-    """One row of outputs does not fit into the cache, nor do all rows of the other, of unequal sides and steps."""
+@pytest.mark.parametrize("arrangement", ["first", "last"])
+def test_depthwise_gradients_of_one_plane(arrangement):
+    """Which planes of the outputs see, or none does."""
+    torch.manual_seed(0)
+    for kernel, padding, dilation in [(1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 1, 2), (2, 3, 5)]:
+        args = ConvArgs([1] * 3, [padding, 1, 1], [dilation, 1, 1], False, [0] * 3, 24)
+        given = tensors(arrangement, 3, 24, 24, (kernel, 3, 3), (1, 6, 5), args)
+        check(native.direct, *given, torch.arange(0, 24, 3), args)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups", "keep"), [(24, 24, 24, 8), (200, 200, 200, 111), (8, 256, 4, 40)])
+@pytest.mark.parametrize("arrangement", ["first", "last"])
+def test_gradients_of_much_data_go_in_strips(inputs, outputs, groups, keep, arrangement):
+    """One row of outputs does not fit into the cache, nor do all rows or channels of the others, of unequal sides and steps.
+
+    Rows of the input are seen by two strips, or by none.
+    """
     torch.manual_seed(0)
     for size, kernel, stride, padding in [
         ((3, 5000), (3, 3), (1, 1), (1, 1)),
         ((90, 40), (5, 3), (2, 1), (1, 2)),
         ((60, 70), (1, 1), (3, 2), (0, 0)),
     ]:
-        args = ConvArgs(stride, padding, (1, 1), False, (0, 0), 24)
-        check(native.direct, *tensors("last", 3, 24, 24, kernel, size, args), torch.arange(0, 24, 3), args)
+        args = ConvArgs(stride, padding, (1, 1), False, (0, 0), groups)
+        given = tensors(arrangement, 3, inputs, outputs, kernel, size, args)
+        index = torch.randperm(outputs)[:keep].sort().values if groups == outputs else some(outputs, groups, keep)
+        check(native.direct, *given, index, args)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "kept"), [(3, 20, 17), (1, 40, 16), (4, 5, 2)])
@@ -246,7 +263,7 @@ def test_steps_lead_to_every_element_or_there_are_none(sizes):
     for order in itertools.permutations(range(4)):
         whole = torch.arange(math.prod(sizes)).view([sizes[d] for d in order]).permute([order.index(d) for d in range(4)])
         for tensor in (whole, whole[:, ::2], whole[..., :-1], whole[..., ::2, :]):
-            flat, found = tensor.flatten(2) if tensor.numel() else None, native.steps(tensor)
+            flat, found = tensor.flatten(2) if tensor.numel() else None, native.steps(tensor.shape, tensor.stride())
             if flat is None:
                 continue
             n, k, p = (torch.arange(size) for size in flat.shape)

@@ -96,6 +96,7 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
 #define TARGET
 #define BYTES 32
 #include "loops.h"
+#include "direct.h"
 #include "products.h"
 #include "stem.h"
 
@@ -105,6 +106,7 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
 #define VARIANT _avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "loops.h"
+#include "direct.h"
 #include "products.h"
 #include "stem.h"
 
@@ -115,6 +117,7 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define BYTES 64
 #include "loops.h"
+#include "direct.h"
 #include "products.h"
 #include "stem.h"
 
