@@ -80,9 +80,9 @@ def _channels_last_copies(view: Node) -> Iterator[Node | None]:
         yield None
     for reader in view.users:
         for copy in reader.users if _is_conversion(reader) else [reader]:
-            value = copy.meta["val"]
-            last = copy.target is _aten.clone.default and value.shape == view.meta["val"].shape and channels_last(value)
-            yield copy if last else None
+            is_copy = copy.target is _aten.clone.default  # the graph's output has no value
+            value = copy.meta["val"] if is_copy else None
+            yield copy if is_copy and value.shape == view.meta["val"].shape and channels_last(value) else None
 
 
 def _before_conversion(node: Any) -> Any:

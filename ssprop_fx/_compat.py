@@ -149,7 +149,12 @@ def is_optimized_module(module: Any) -> bool:
 
 def is_compiled(module: Any) -> bool:
     """Whether a module, or one inside it, is compiled: ``torch.compile(module)`` or ``module.compile()``."""
-    return any(is_optimized_module(m) or getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
+    return any(is_optimized_module(m) or called_compiled(m) for m in module.modules())
+
+
+def called_compiled(module: Any) -> bool:
+    """Whether a module was compiled in place: ``module.compile()``."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
@@ -337,6 +342,13 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def with_own_random_numbers(graph_module: torch.fx.GraphModule) -> None:
+    """Random numbers as Inductor makes them, which it expects to find in the graphs that it compiles; in a lowering context."""
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+
+    replace_random_passes(graph_module)
+
+
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, which Inductor is to keep in memory as its strides say, for all of its readers."""
     from torch._inductor.inductor_prims import force_stride_order
@@ -380,6 +392,13 @@ def last_compile() -> bool:
     compile_id = current_compile_id()
     attempt = compile_id.frame_compile_id if compile_id is not None else None
     return attempt is not None and attempt + 1 >= torch._dynamo.config.recompile_limit
+
+
+def restarts() -> type[BaseException]:
+    """What a backend raises for Dynamo to trace again: nothing has failed."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    return TensorifyScalarRestartAnalysis
 
 
 def notice_reset(backend: Callable[..., Any]) -> None:

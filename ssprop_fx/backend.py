@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +35,14 @@ from ._compat import (
     last_compile,
     make_boxed,
     notice_reset,
+    restarts,
 )
 from .allocation import allocation_for
 from .convolutions import LINEAR, ConvArgs, run
-from .errors import SSPropError, cause_of
+from .errors import PolicyError, Problem, SSPropError, cause_of
 from .logs import graph_rewritten
 from .naming import GraphNames, module_index
-from .options import check_names, default_policy, forget_files, policy_for
+from .options import default_policy, forget_files, policy_for, with_known_names
 from .passes import (
     Decision,
     Sparsify,
@@ -57,7 +58,7 @@ from .phases import PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy
 from .records import CompiledState, GraphRecord, state_of
 from .shared_code import Anchor, GraphInputs, SharedCode, find_anchors
-from .survey import assign_checked, functional_callers, layer_kinds
+from .survey import assign_checked, convolves, functional_callers, layer_kinds
 from .transform import transformation_of
 
 _LAST = (
@@ -101,10 +102,13 @@ def ssprop(
     policy, inner = settings.pop("policy", policy), settings.pop("inner", inner)
     if inner not in _INNER:
         raise SSPropError(f"inner={inner!r} is not known; expected one of {', '.join(_INNER)}")
-    check_names(settings)
+    settings = with_known_names(settings)
     rewritten, record = rewrite(graph_module, policy)
     try:
         compiled = _compile(rewritten, example_inputs, record, inner, settings, mode)
+    except restarts():  # what Dynamo has asked for: it hands over another graph
+        record.withdraw()
+        raise
     except Exception as error:
         record.withdraw()
         if any(d.sparse for d in record.decisions) and not isinstance(error, SSPropError):
@@ -183,7 +187,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
     state = state_of(policy)
     captured = copy_graph(graph_module)
     if transformed is None:
-        _check_rules(names.roots.values(), policy, state)
+        _check_rules(list(names.roots.values()), policy, state)
     decisions: list[Decision] = []
     inputs = GraphInputs(graph_module)
     anchors: list[tuple[Anchor, Any]] = []
@@ -231,13 +235,31 @@ def _refuse_functorch(graphs: Sequence[GraphModule], convolves: bool) -> None:
         )
 
 
-def _check_rules(roots: Iterable[torch.nn.Module], policy: Policy, state: CompiledState) -> None:
-    """Every rule must match something of each model, even though a graph may be only a part of it."""
+def _check_rules(roots: Sequence[torch.nn.Module], policy: Policy, state: CompiledState) -> None:
+    """Every rule must match something of the models in a graph, even though the graph may hold only parts of them.
+
+    A compiled function may call several models, of which some have no convolution, and rules may be meant for one of them.
+    """
+    if all(root in state.checked for root in roots):
+        return
+    found: list[tuple[Problem, ...]] = []
     for root in roots:
-        if root not in state.checked:
-            layers, callers = layer_kinds(root, plain=True), functional_callers(root, plain=True)
+        layers, callers = layer_kinds(root, plain=True), functional_callers(root, plain=True)
+        if not convolves(layers, callers) and (len(roots) > 1 or not module_index.is_compiled(root)):
+            continue
+        try:
             assign_checked(root, policy, layers, callers, plain=True)
-            state.checked.add(root)
+            found.append(())
+        except PolicyError as error:
+            found.append(error.problems)
+    everywhere = set.intersection(*({_rule_of(p) for p in problems} for problems in found)) if found else set()
+    if everywhere:
+        raise PolicyError([problem for problem in found[0] if _rule_of(problem) in everywhere])
+    state.checked.update(roots)
+
+
+def _rule_of(problem: Problem) -> str:
+    return problem.key.partition(".")[0]
 
 
 def _policy_of_another(given: Any, policy: Policy, root: torch.nn.Module) -> Policy:

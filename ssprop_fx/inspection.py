@@ -17,7 +17,7 @@ from .coverage import MeasuredLayer, Measurement, arguments_of, measure
 from .dataflow import Capture, shapes_of
 from .errors import SSPropError
 from .graph_calls import calls_of, captures_of, merged_flops
-from .naming import plain_modules, unwrap
+from .naming import module_index, plain_modules, unwrap
 from .plan import Layer, Use, left_row, report_of
 from .policy import Policy
 from .report import Report, Row
@@ -43,6 +43,10 @@ class Unreached(SSPropError):
     """No graph of a compiled model has come to the backend: so far all of it trains dense."""
 
 
+class Unmeasured(SSPropError):
+    """A model's step cannot be run: what runs its compiled code is not known."""
+
+
 def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     """What ``transform`` or the backend did to a model.
 
@@ -56,6 +60,7 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
     Raises:
         SSPropError: the model is neither, or there are example inputs for a model that FSDP has sharded, or of which a lazy
             part has not run yet.
+        Unmeasured: an ``SSPropError``; there are example inputs for a model that runs in a compiled function.
         Unreached: an ``SSPropError``; the model is compiled and no graph of it has been captured yet.
 
     Examples:
@@ -78,10 +83,10 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
             f"{type(model).__name__} holds {len(parts)} parts that were transformed one by one, each under its own record "
             f"({', '.join(parts)}); inspect each of them, or transform the whole"
         )
+    user_model = unwrap(model)
     measurement = None
     if example_inputs is not None:
-        measurement = measure(model, example_inputs)
-    user_model = unwrap(model)
+        measurement = measure(model if record is not None else with_its_code(model), example_inputs)
     if record is not None:
         records = _records_of_transformed(record) if is_compiled(model) else []
         measurement = _as_compiled(measurement, user_model, records)
@@ -108,6 +113,24 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Report:
         f"{type(model).__name__} has not been rewritten; inspect the result of ssprop_fx.transform(model, policy), "
         'or of torch.compile(model, backend="ssprop") after a step; policy.explain(model) shows what a policy would do'
     )
+
+
+def with_its_code(model: nn.Module) -> nn.Module:
+    """What runs a model's compiled code, where the model itself does not: what ``torch.compile(model)`` returned.
+
+    Raises:
+        Unmeasured: only a function that calls the model was compiled.
+    """
+    if is_compiled(model) or not _records(unwrap(model)):
+        return model
+    module_index.scan()
+    compiled = module_index.compiled(unwrap(model))
+    if compiled is None:
+        raise Unmeasured(
+            f"{type(unwrap(model)).__name__} runs in a compiled function, of which no step can be run from here: inspect it "
+            "without example inputs after a step, which says what the graphs hold"
+        )
+    return compiled
 
 
 def _as_compiled(measurement: Measurement | None, model: nn.Module, records: list[GraphRecord]) -> Measurement | None:

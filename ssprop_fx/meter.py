@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,14 @@ from ._compat import is_compiled
 from .coverage import measure
 from .energy import counters
 from .errors import SSPropError
-from .inspection import Unreached, inspect
+from .inspection import Unmeasured, Unreached, inspect, with_its_code
+from .naming import unwrap
 from .report import Report
 from .transform import transformation_of
+
+_LATE = (
+    "the model was compiled after it was given to the meter; give a meter what torch.compile returned, or make it after a step"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Meter:
         self.unknown: list[str] = []
         self.callback = callback
         self._devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._model = weakref.ref(model)
         self._report, self._dense = self._count(model, example_inputs)
         self._flops: dict[float, float] = {}
         self._counters, reasons = counters(self._devices)
@@ -88,7 +95,7 @@ class Meter:
         self._start: tuple[float, float, dict[str, float]] | None = None
 
     def _count(self, model: nn.Module, example_inputs: Any) -> tuple[Report | None, float | None]:
-        ours = transformation_of(model) is not None or is_compiled(model)
+        ours = transformation_of(model) is not None or is_compiled(model) or _has_graphs(model)
         if example_inputs is None:
             self.unknown.append("backward FLOPs: no example inputs were given")
             try:
@@ -100,8 +107,13 @@ class Meter:
                 )
                 return None, None
         if ours:
-            with contextlib.suppress(Unreached):  # even in the step that this has made: of another backend, all of it is dense
+            try:
                 return inspect(model, example_inputs), None
+            except Unreached:  # even in the step that this has made: of another backend, all of it is dense
+                pass
+            except Unmeasured as problem:
+                self.unknown.append(f"backward FLOPs: {problem}")
+                return inspect(model), None
         return None, float(measure(model, example_inputs).backward_flops)
 
     def __enter__(self) -> Meter:
@@ -121,10 +133,24 @@ class Meter:
         self._synchronize()
         seconds = time.perf_counter() - start
         joules = {name: value - before[name] for name, value in self._energy().items()}
+        self._look_again()
         reading = Reading(len(self.readings), factor, seconds, self._backward_flops(factor), joules)
         self.readings.append(reading)
         if self.callback is not None:
             self.callback(reading)
+
+    def _look_again(self) -> None:
+        """A model that was an ordinary one may run in a compiled function, which is seen once it did."""
+        model = self._model()
+        if self._report is not None or model is None or is_compiled(model) or not _has_graphs(model):
+            return
+        if self._dense is not None:
+            try:
+                with_its_code(model)
+                self.unknown.append(f"backward FLOPs: {_LATE}")
+            except Unmeasured as problem:
+                self.unknown.append(f"backward FLOPs: {problem}")
+        self._dense, self._report = None, inspect(model)
 
     def _energy(self) -> dict[str, float]:
         return {name: counter.joules() for name, counter in self._counters.items()}
@@ -181,6 +207,12 @@ class Meter:
         return "\n".join(lines + [f"unknown: {reason}" for reason in self.unknown])
 
     __repr__ = __str__
+
+
+def _has_graphs(model: nn.Module) -> bool:
+    """Whether the backend, if it is there, has made graphs of an uncompiled model's modules."""
+    records = sys.modules.get("ssprop_fx.records")
+    return records is not None and bool(records.records_of(unwrap(model)))
 
 
 def tensorboard(writer: Any, prefix: str = "ssprop") -> Callable[[Reading], None]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ._compat import graph_argument, is_optimized_module
+from ._compat import called_compiled, graph_argument, is_optimized_module
 from .calls import functional_name
 from .convolutions import ConvSpec, spec_of_module
 
@@ -41,18 +41,34 @@ class ModuleIndex:
         return module
 
     def root(self, module: nn.Module) -> nn.Module:
-        """The model that a user would call ``named_modules()`` on: what was compiled, else the outermost holder."""
-        current, seen = module, set()
-        while id(current) not in seen:
-            seen.add(id(current))
-            parents = [p for ref in self._parents.get(id(current), ()) if (p := ref()) is not None]
-            compiled = [p for p in parents if is_optimized_module(p)]
-            if any(not self._parents.get(id(p)) for p in compiled):
-                break
+        """The model that a user would call ``named_modules()`` on: what was compiled, else the outermost holder.
+
+        Of several compiled ones, or of several holders where none was compiled, the first that is found.
+        """
+        outermost: list[nn.Module] = []
+        waiting, seen = [module], {id(module)}
+        while waiting:
+            current = waiting.pop()
+            parents = self._holders_of(current)
+            if any(is_optimized_module(p) and not self._holders_of(p) for p in parents):
+                return unwrap(current)
             if not parents:
-                break
-            current = parents[0]
-        return unwrap(current)
+                outermost.append(current)
+            further = [p for p in parents if id(p) not in seen]
+            seen.update(map(id, further))
+            waiting += reversed(further)
+        return unwrap(next((m for m in outermost if called_compiled(m)), outermost[0] if outermost else module))
+
+    def is_compiled(self, module: nn.Module) -> bool:
+        """Whether a model was compiled as such: ``torch.compile(model)`` or ``model.compile()``."""
+        return called_compiled(module) or self.compiled(module) is not None
+
+    def compiled(self, module: nn.Module) -> nn.Module | None:
+        """What ``torch.compile(module)`` returned, if it is alive."""
+        return next((p for p in self._holders_of(module) if is_optimized_module(p)), None)
+
+    def _holders_of(self, module: nn.Module) -> list[nn.Module]:
+        return [p for ref in self._parents.get(id(module), ()) if (p := ref()) is not None]
 
     def holders(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
         """The live modules that hold a tensor as a parameter or buffer of their own, each with its name there."""
@@ -62,9 +78,9 @@ class ModuleIndex:
             found = self._holders(tensor)
         return found
 
-    def name(self, module: nn.Module) -> str:
-        """Full name of a live module; the empty string for a root."""
-        root = self.root(module)
+    def name(self, module: nn.Module, root: nn.Module | None = None) -> str:
+        """Full name of a live module in a root, without one in its own; the empty string for a root."""
+        root = self.root(module) if root is None else root
         names = self._names.get(root)
         if names is None or id(module) not in names:
             names = {id(m): plain_name(n) for n, m in root.named_modules()}
@@ -155,6 +171,7 @@ class GraphNames:
         self.roots: dict[int, nn.Module] = {}
         self.owners: dict[str, nn.Module] = {}
         self._counts: dict[tuple[str, str, str], int] = {}
+        self._parts: dict[int, set[int]] = {}  # of modules, all modules in them; by identity, while the graph is worked on
 
     def __call__(self, node: Node, spec: ConvSpec) -> tuple[str, bool]:
         """(layer name, whether the call is a functional one) of a convolution node."""
@@ -166,8 +183,8 @@ class GraphNames:
             key, (text, cls) = stack[-1]
             module = self.index.find(key)
             if module is not None:
-                owner = self.index.name(module)
-                root = self.index.root(module)
+                root = self._root(module, [key for key, _ in stack])
+                owner = self.index.name(module, root)
                 self.roots[id(root)] = root
                 is_layer = spec_of_module(module, linear=spec.dim == 0) is spec
             else:
@@ -186,6 +203,19 @@ class GraphNames:
         if module is not None:
             self.owners[layer] = module
         return layer, not own_call
+
+    def _root(self, module: nn.Module, keys: list[str]) -> nn.Module:
+        """The model that a module ran in, which may be in several: that of the outermost module which ran and holds it."""
+        for key in keys:
+            outer = self.index.find(key)
+            if outer is not None and outer is not module and id(module) in self._inside(outer):
+                return self.index.root(outer)
+        return self.index.root(module)
+
+    def _inside(self, module: nn.Module) -> set[int]:
+        if id(module) not in self._parts:
+            self._parts[id(module)] = set(map(id, module.modules()))
+        return self._parts[id(module)]
 
     def _in_no_model(self, key: str, others: bool) -> bool:
         """Whether a convolution module is no part of the model that calls it, of which ``others`` are in the stack."""

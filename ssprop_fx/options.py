@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,24 +18,30 @@ from .transform import as_policy
 
 _lock = threading.Lock()
 _resets = 0  # of Dynamo
-_Read = dict[str, tuple[Policy, int]]  # by absolute path, or digest of a mapping; after how many resets it was read
+# By the path as given, whatever the current folder became, and as an absolute one, or by digest of a mapping; after how many
+# resets it was read, and the mapping that was, by its identity, too.
+_Read = dict[Any, tuple[Policy, int, Any]]
 _read: _Read = {}  # for graphs without a module
 _read_for: weakref.WeakKeyDictionary[nn.Module, _Read] = weakref.WeakKeyDictionary()
 
 
-def check_names(settings: Iterable[str]) -> None:
-    """Refuse options that Inductor, which gets all but ours, does not have.
+def with_known_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for Inductor, which gets all but ours, by the names that it has for them: ``max-autotune`` is one, too.
 
     Raises:
-        SSPropError: with the nearest name.
+        SSPropError: for any that it does not have, with the nearest name.
     """
-    for name in settings:
-        if name.replace("-", "_") not in inductor_options():
-            near = nearest(name, ("policy", "inner")) or nearest(name, inductor_options())
+    found = {}
+    for given, value in settings.items():
+        name = given.replace("-", "_")
+        if name not in inductor_options():
+            near = nearest(given, ("policy", "inner")) or nearest(given, inductor_options())
             raise SSPropError(
-                f"options[{name!r}] is not known; expected policy, inner, or an option of Inductor"
+                f"options[{given!r}] is not known; expected policy, inner, or an option of Inductor"
                 + (f"; nearest: {near}" if near else "")
             )
+        found[name] = value
+    return found
 
 
 @functools.cache
@@ -59,12 +65,14 @@ def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
     if policy is None or isinstance(policy, Policy):
         return policy
     root = next(iter(roots), None)
-    path = os.path.abspath(policy) if isinstance(policy, (str, os.PathLike)) else None
+    is_path = isinstance(policy, (str, os.PathLike))
+    given = os.fspath(policy) if is_path else id(policy)
     with _lock:
         read = _read if root is None else _read_for.setdefault(root, {})
-        known, resets = read.get(path or "", (None, 0))
-    if known is not None and resets == _resets:
-        return known
+        for key in (given, os.path.abspath(policy)) if is_path else (given,):
+            known, resets, source = read.get(key, (None, -1, None))
+            if known is not None and resets == _resets and (is_path or source is policy):
+                return known
     made = as_policy(policy)
     if made.schedule.clock == "manual" and made.schedule.moves:
         raise SSPropError(
@@ -73,9 +81,9 @@ def policy_for(policy: Any, roots: Iterable[nn.Module]) -> Policy | None:
             "`clock: optimizer` in the schedule"
         )
     with _lock:
-        key = path or made.digest
-        known, _ = read.get(key, (made, 0))
-        read[key] = known if known.digest == made.digest else made, _resets
+        key = os.path.abspath(policy) if is_path else made.digest
+        known, *_ = read.get(key, (made, 0, None))
+        read[key] = read[given] = known if known.digest == made.digest else made, _resets, policy
         return read[key][0]
 
 

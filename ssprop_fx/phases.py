@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import ops, passes
-from ._compat import fake_mode_of, lowering_context
+from ._compat import fake_mode_of, lowering_context, with_own_random_numbers
 from .allocation import allocation_for, observers
 from .cost import is_number
 from .logs import backward_lowered
@@ -82,12 +82,12 @@ class PhaseDispatcher:
         nodes = backward_nodes(graph_module)
         self.settings = {name: node.args[ops.BACKWARD_SETTINGS_AT :] for name, (node, _) in nodes.items()}
         self.times = {name: times for name, (_, times) in nodes.items()}
+        self.symbolic = any(not is_number(size) for value in self.example_inputs for size in _sizes_of(value))
         self._begin(record)
 
     def _begin(self, record: GraphRecord) -> None:
         self._boxed_call = True  # on the instance: wrappers copy it from there
         self.record = record
-        self.symbolic = any(not is_number(size) for value in self.example_inputs for size in _sizes_of(value))
         self._sizes: list[Any] = []
         self.allocations = [allocation_for(h) for h in dict.fromkeys(s[-1] for s in self.settings.values())]
         self.losses: dict[tuple[float, ...], dict[str, Timing]] = {}  # by factors and node: why it stays dense
@@ -122,6 +122,7 @@ class PhaseDispatcher:
                 for graph, _ in graphs_within(lowered).values():
                     ChannelsLastScatter()(graph)
                     ChannelsLastSums()(graph)
+                    with_own_random_numbers(graph)
         return lowered
 
     def _enter(self, factors: tuple[float, ...]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from .cost import Call
 from .files import write_json
 from .masking import is_masked
 from .selection import AUTO, Demand, keep_count, plan_counts
-from .timing import processor, take_turns, timed
+from .timing import accelerator, processor, take_turns, timed
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,8 @@ def _name(call: Call, keep: int, criterion: str, gradients: str) -> str:
     parts += [call.needs, call.dtype, call.device, "last" if call.channels_last else "first", keep, criterion, gradients]
     if call.device == "cpu":
         parts.append(torch.get_num_threads())
+    else:
+        parts += accelerator(torch.device(call.device)).values()
     return " ".join(str(part).replace(" ", "") for part in parts)
 
 

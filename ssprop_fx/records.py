@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from .allocation import Allocation
+from .naming import plain_modules
 from .passes import Decision
 from .phases import LazyGraphs, PhaseDispatcher, events
 from .policy import Policy, Settings
@@ -90,9 +91,18 @@ class GraphRecord:
 
     def names_of(self, decision: Decision, root: torch.nn.Module) -> Iterator[tuple[str, Settings]]:
         """The layers of the model ``root`` that the decision's convolution stands for, with their settings."""
-        if any(ref() is root for ref in self.roots):
+        if any(ref() is root for ref in self.roots) and self._is_of(decision.convolution.layer, root):
             yield decision.convolution.layer, decision.settings
         yield from self.shared.names_of(decision.convolution.layer, root)
+
+    def _is_of(self, layer: str, root: torch.nn.Module) -> bool:
+        """Whether a layer is the model's, of several that the graph has modules of; of what none has a module, each is."""
+        owner = layer.partition("#")[0]
+        models = [model for ref in self.roots if (model := ref()) is not None]
+        having = (
+            [model for model in models if any(name == owner for name, _ in plain_modules(model))] if len(models) > 1 else []
+        )
+        return not having or any(model is root for model in having)
 
     def clock_of(self, policy: Policy) -> Policy:
         """The policy whose clock counts where the graph names ``policy``: that of the model that the code runs for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ def functional_callers(model: nn.Module, plain: bool = False) -> set[str]:
     return {name for name, module in modules if may_call_convolution(module, tree, known)}
 
 
+def convolves(layers: Mapping[str, frozenset[str]], callers: Collection[str]) -> bool:
+    """Whether a model has a convolution, by what :func:`layer_kinds` and :func:`functional_callers` say of it."""
+    return bool(set().union(*layers.values()) - {LINEAR.name}) or bool(callers)
+
+
 def assign_checked(
     model: nn.Module, policy: Policy, layers: dict[str, frozenset[str]], callers: set[str], plain: bool = False
 ) -> dict[str, Settings]:
@@ -79,7 +84,7 @@ def assign_checked(
         TransformError: the model has no convolution.
         PolicyError: a rule can match neither a layer nor a functional call that a module of the model may make.
     """
-    if not (set().union(*layers.values()) - {LINEAR.name}) and not callers and not policy.wants_linear:
+    if not convolves(layers, callers) and not policy.wants_linear:
         raise TransformError(
             f"{type(model).__name__} has no convolution, so there is nothing to transform; it holds {_census(model)}"
         )
@@ -122,4 +127,4 @@ def _census(model: nn.Module) -> str:
     return ", ".join(f"{count} × {name}" for name, count in sorted(names.items())) or "no modules"
 
 
-__all__ = ["assign_checked", "functional_callers", "layer_kinds", "require_module", "scripted_convolutions"]
+__all__ = ["assign_checked", "convolves", "functional_callers", "layer_kinds", "require_module", "scripted_convolutions"]

@@ -138,7 +138,7 @@ class StoredPhases(PhaseDispatcher, OutputCode):
         if any(type(v) not in (type(None), bool, int, str, list, tuple) for v in options.values()):
             refuse_to_store("options of the compile that are not known")
         strides = [value.stride() if isinstance(value, Tensor) else None for value in self.example_inputs]
-        kept = {k: getattr(self, k) for k in ("identity", "demands", "settings", "times")}
+        kept = {k: getattr(self, k) for k in ("identity", "demands", "settings", "times", "symbolic")}
         graph, stored = pickle_graph(self.graph_module), self.stored
         self.__dict__ = {**kept, "options": options, "strides": strides, "graph": graph}
         stored[0] = True

@@ -1,6 +1,7 @@
 """C3 and C9 through the backend: every form of convolution and every setting, compiled, gives the gradients of ``transform``."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -438,6 +439,54 @@ def test_inductors_options_go_to_inductor_and_to_nobody_else():
         gradients(ours(model, policy(), "aot_eager", polcy=policy()), x)
     with pytest.raises(Exception, match=r"max_autotune: options of Inductor"):
         gradients(ours(model, policy(), "aot_eager", max_autotune=True), x)
+
+
+def test_names_of_inductors_options_may_have_dashes():
+    model, x = model_and_input("2d")
+    assert_same(gradients(ours(model, policy(), "inductor", **{"max-autotune": False}), x), gradients(ours(model, policy()), x))
+
+
+def test_random_channels_are_others_each_time_in_inductors_code():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 64, 3)), torch.randn(2, 3, 6, 6)
+    run, chosen = ours(model, policy(criterion="random"), "inductor"), []
+    for seed in (0, 1, 2, 0):
+        model.zero_grad()
+        torch.manual_seed(seed)
+        run(x).square().sum().backward()
+        chosen.append(tuple((model[0].weight.grad.flatten(1).abs().sum(1) > 0).tolist()))
+    assert [sum(channels) for channels in chosen] == [32] * 4
+    assert len(set(chosen)) == 3
+    assert chosen[0] == chosen[3]
+
+
+def test_a_compiled_part_may_begin_with_a_pool():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 3))
+    inputs = [torch.randn(2, 8, 12, 12).requires_grad_() for _ in range(2)]
+    inputs[1].data.copy_(inputs[0])
+    for run, x in zip((ours(model, policy(), "inductor"), ssprop_fx.transform(model, policy())), inputs, strict=True):
+        run(x).square().mean().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+def test_a_number_that_becomes_symbolic_is_no_failure():
+    class Annealed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.share = nn.Conv2d(3, 8, 3), 0.1
+
+        def forward(self, x):
+            return torch.nn.functional.dropout(self.conv(x), self.share, self.training) * self.share
+
+    model = Annealed()
+    run = ours(model, policy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model.share in (0.1, 0.2, 0.3):
+            model.zero_grad()
+            run(torch.randn(2, 3, 6, 6)).sum().backward()
+            assert (model.conv.weight.grad.flatten(1).abs().sum(1) == 0).any()
 
 
 @pytest.mark.slow

@@ -100,6 +100,39 @@ def test_what_a_compiled_model_without_inputs_follows_is_said_to_be_unknown():
     assert "has not run" not in reason
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_in_a_compiled_function_has_a_factor_and_unknown_flops(when):
+    torch._dynamo.reset()
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    policy = Policy(drop_rate=0.5, schedule={"kind": "constant"})
+    loss = torch.compile(lambda x: net(x).square().mean(), backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    if when == "after":
+        loss(x).backward()
+    meter = Meter(net, x)
+    for _ in range(2):
+        with meter:
+            loss(x).backward()
+    assert [r.backward_flops for r in meter.readings] == [None, None]
+    assert meter.readings[1].factor == 1
+    assert any("runs in a compiled function" in reason for reason in meter.unknown)
+    with pytest.raises(SSPropError, match="inspect it without example inputs"):
+        ssprop_fx.inspect(net, x)
+
+
+def test_a_model_that_was_compiled_later_tells_what_to_give():
+    torch._dynamo.reset()
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    meter = Meter(net, x)
+    policy = Policy(drop_rate=0.5, schedule={"kind": "constant"})
+    run = torch.compile(net, backend="ssprop", options={"policy": policy, "inner": "aot_eager"})
+    with meter:
+        run(x).sum().backward()
+    assert meter.readings[0].backward_flops is None
+    assert any("give a meter what torch.compile returned" in reason for reason in meter.unknown)
+    assert ssprop_fx.inspect(net, x).coverage == ssprop_fx.inspect(run, x).coverage == 1
+    assert Meter(net, x).unknown == Meter(run, x).unknown
+
+
 def test_a_function_is_refused_with_what_to_give():
     net = Net()
     with pytest.raises(SSPropError, match="takes a module, got function; of a compiled function, give it the model"):

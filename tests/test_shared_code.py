@@ -441,3 +441,90 @@ def test_tensors_in_the_place_of_parameters_are_no_other_module():
         run(tensors, X).square().sum().backward()
         grads = [tensors[f"blocks.{i}.conv.weight"].grad for i in range(3)]
         assert [int((g.flatten(1).abs().sum(1) == 0).sum()) for g in grads] == [4, 6, 4]
+
+
+def encoder():
+    return nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_models_of_one_function_need_no_convolution_each():
+    body, head = encoder(), nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    run = torch.compile(lambda x: head(body(x)), backend="ssprop", options=OPTIONS | {"policy": policy()})
+    run(X).square().sum().backward()
+    assert int((body[0].weight.grad.flatten(1).abs().sum(1) == 0).sum()) == 4
+    assert [row.layer for row in ssprop_fx.inspect(body).rows if row.rewritten] == ["0"]
+
+
+def test_a_graph_of_a_part_without_convolutions_is_left_alone():
+    body, head = encoder(), nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+
+    def loss(x):
+        x = body(x)
+        torch._dynamo.graph_break()
+        return head(x)
+
+    torch.compile(loss, backend="ssprop", options=OPTIONS | {"policy": policy()})(X).square().sum().backward()
+    assert int((body[0].weight.grad.flatten(1).abs().sum(1) == 0).sum()) == 4
+
+
+def test_a_rule_is_for_one_of_the_models_of_a_function():
+    student, teacher = (nn.Sequential(OrderedDict({name: encoder()})) for name in ("student", "teacher"))
+
+    def run(*names):
+        rules = [{"layers": f"{name}.*", "drop_rate": rate} for name, rate in zip(names, (0.75, 0.25), strict=True)]
+        options = OPTIONS | {"policy": policy(rules=rules)}
+        torch.compile(lambda x: student(x) - teacher(x), backend="ssprop", options=options)(X).square().sum().backward()
+        return [int((m[0][0].weight.grad.flatten(1).abs().sum(1) == 0).sum()) for m in (student, teacher)]
+
+    assert run("student", "teacher") == [6, 2]
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"rules\[0\].*studnt") as error:
+        run("studnt", "teacher")
+    assert "rules[1]" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["first", "last"])
+def test_a_part_of_two_models_is_named_as_in_the_one_that_runs(order):
+    class Around(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+        def forward(self, x):
+            for part in self.children():
+                x = part(x)
+            return x
+
+    body = encoder()
+    models = [Around(**{first: nn.Conv2d(8, 8, 1), second: body}) for first, second in (("mask", "seg"), ("head", "det"))]
+    for model in models[order]:
+        first, second = (name for name, _ in model.named_children())
+        rules = [{"layers": first, "drop_rate": 0.0}, {"layers": f"{second}.0", "drop_rate": 0.75}]
+        torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": policy(rules=rules)})(X).square().sum().backward()
+        assert {row.layer: row.drop_rate for row in ssprop_fx.inspect(model).rows} == {first: 0.0, f"{second}.0": 0.75}
+
+
+def test_a_relative_path_is_that_of_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.yaml").write_text("drop_rate: 0.5\nschedule: {kind: constant}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/policy.yaml").write_text("drop_rate: 0.75\nschedule: {kind: constant}\n")
+    model = encoder()
+    run = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": "policy.yaml"}, dynamic=False)
+    for batch in (X, X[:1]):
+        model.zero_grad()
+        run(batch).square().sum().backward()
+        assert int((model[0].weight.grad.flatten(1).abs().sum(1) == 0).sum()) == 4
+        monkeypatch.chdir(tmp_path / "run")
+
+
+def test_a_mapping_is_that_of_the_first_step():
+    given = {"drop_rate": 0.5, "schedule": {"kind": "constant"}}
+    model = encoder()
+    run = torch.compile(model, backend="ssprop", options=OPTIONS | {"policy": given}, dynamic=False)
+    for batch in (X, X[:1]):
+        model.zero_grad()
+        run(batch).square().sum().backward()
+        assert int((model[0].weight.grad.flatten(1).abs().sum(1) == 0).sum()) == 4
+        given["drop_rate"] = 0.75

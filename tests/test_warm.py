@@ -77,6 +77,8 @@ def clock(cold):
 def test_a_warm_start_compiles_and_lowers_nothing(cold, clock, monkeypatch):
     model, policy, expected, before = cold
     monkeypatch.setattr(logs, "trace_artifact", lambda *_: None)  # pytest listens to every logger, and so asks for graphs
+    unpickled, unpickle = [], warm.unpickle_graph
+    monkeypatch.setattr(warm, "unpickle_graph", lambda *given: unpickled.append(1) or unpickle(*given))
     lowered, lower = [], phases.PhaseDispatcher.lower
     monkeypatch.setattr(phases.PhaseDispatcher, "lower", lambda self, counts: lowered.append(counts) or lower(self, counts))
     counts, run = Counts(), compiled(model, policy)
@@ -85,6 +87,7 @@ def test_a_warm_start_compiles_and_lowers_nothing(cold, clock, monkeypatch):
         policy.step()
     assert counts() == [1, 3, 0]  # the whole; a forward and two backwards
     assert not lowered
+    assert not unpickled  # a known phase does without the graph
     record = record_of(model)
     assert record is not before
     assert (record.forward_compiles, record.backward_compiles) == (1, 2)
