@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._pytree import tree_map
 
 from ssprop_fx import ops
-from ssprop_fx._compat import enter_autocast, exit_autocast
+from ssprop_fx._compat import enter_autocast, exit_autocast, translate_checkpoint
 from ssprop_fx.convolutions import ConvArgs, ConvSpec, autocast_passes_over, output_channels
 from ssprop_fx.cost import is_number
 from ssprop_fx.selection import choices
@@ -79,6 +79,18 @@ class Sparsify(PassBase):
         new.meta |= node.meta
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def checkpoint_as_convolutions(graph_module: GraphModule) -> None:
+    """Have a selective checkpoint, if the graph is the body of one, asked about ``ssprop.conv`` as about a convolution."""
+    translate_checkpoint(graph_module, _as_known)
+
+
+def _as_known(operator: Any, *args: Any) -> tuple[Any, ...]:
+    """A call of ``ssprop.conv`` as the one of PyTorch's; others as they are."""
+    if operator is ops.conv:
+        return torch.ops.aten.convolution.default, *args[: ops.SETTINGS_AT]
+    return operator, *args
 
 
 def fix_choices(graph_module: GraphModule) -> None:

@@ -342,6 +342,31 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def translate_checkpoint(graph_module: torch.fx.GraphModule, translate: Callable[..., tuple[Any, ...]]) -> None:
+    """Ask the policy of a selective checkpoint, if the graph is the body of one, about the call that ``translate`` gives.
+
+    Args:
+        translate: (operator, *arguments) → (operator, *arguments).
+    """
+    context_fn = graph_module.meta.get("_checkpoint_context_fn")
+    if context_fn is None:
+        return
+
+    def asked(policy: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda context, *call, **kwargs: policy(context, *translate(*call), **kwargs)
+
+    def contexts() -> tuple[Any, Any]:
+        pair = context_fn()
+        for mode in pair:
+            if callable(getattr(mode, "policy_fn", None)):
+                mode.policy_fn = asked(mode.policy_fn)
+        return pair
+
+    if hasattr(context_fn, "cache_hash"):
+        contexts.cache_hash = context_fn.cache_hash  # type: ignore[attr-defined]
+    graph_module.meta["_checkpoint_context_fn"] = contexts
+
+
 def with_own_random_numbers(graph_module: torch.fx.GraphModule) -> None:
     """Random numbers as Inductor makes them, which it expects to find in the graphs that it compiles; in a lowering context."""
     from torch._inductor.fx_passes.replace_random import replace_random_passes

@@ -52,7 +52,7 @@ from .passes import (
 )
 from .passes._graphs import graphs_within
 from .passes.lower_backward import backward_nodes
-from .passes.sparsify import fix_choices
+from .passes.sparsify import checkpoint_as_convolutions, fix_choices
 from .passes.verify import rewritten_layers
 from .phases import PhaseDispatcher, copy_graph, tagged_caches, untagged_caches
 from .policy import Policy
@@ -198,6 +198,7 @@ def rewrite(graph_module: GraphModule, policy: Policy | str | dict | None) -> tu
         already = rewritten_layers(graph)
         Sparsify(chosen, state.allocation.handle)(graph)
         fix_choices(graph)
+        checkpoint_as_convolutions(graph)
         verify(graph, chosen, already)
         decisions += chosen
     roots = [weakref.ref(root) for root in names.roots.values()]

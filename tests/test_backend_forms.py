@@ -1,17 +1,18 @@
 """C3 and C9 through the backend: every form of convolution and every setting, compiled, gives the gradients of ``transform``."""
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ssprop_fx
 from ssprop_fx import Policy, _compat
-from ssprop_fx.records import records_of
+from ssprop_fx.records import records_of, state_of
 
 
 class Functional(nn.Module):
@@ -305,6 +306,29 @@ def test_two_instances_of_a_class_follow_their_own_names():
     assert (got[7] == 0).sum() == 6
     ((_, record),) = records_of(model)
     assert record.layers() == {"0.conv", "0.out", "1.conv", "1.out"}
+
+
+@pytest.mark.parametrize("first", [lambda model, _: model, ssprop_fx.transform], ids=["backend", "transform"])
+def test_a_selective_checkpoint_saves_convolutions(first):
+    def choose(context, operator, *args, **kwargs):
+        saved = operator is torch.ops.aten.convolution.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Saving(nn.Sequential):
+        def forward(self, x):
+            contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+            return checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+
+    torch.manual_seed(0)
+    chosen, x = policy(), torch.randn(2, 3, 8, 8)
+    model = first(Saving(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh()), chosen)
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager"} | ({} if first is ssprop_fx.transform else {"policy": chosen})
+    torch.compile(model, backend="ssprop", options=options)(x).square().sum().backward()
+    (record,) = state_of(chosen).records
+    made = {str(node.target) for node in record.backward.graph.nodes if node.op == "call_function"}
+    assert {"aten.tanh.default", "ssprop.conv_backward.default"} <= made  # made again; of what was saved
+    assert "aten.convolution.default" not in made
 
 
 def test_checkpointed_blocks_compiled():
