@@ -37,6 +37,8 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
         return sums
     dtype = _score_dtype(grad)
     dims = [d for d in range(grad.dim()) if d != 1]
+    if criterion in ("l1", "l2") and sliced and grad.device.type != "cpu":
+        return norms(grad, int(criterion[1]))
     if criterion == "l1":
         return _sum(lambda g: g.abs().sum(dims, dtype=dtype), sliced, grad)
     if criterion == "l2":
@@ -49,6 +51,15 @@ def importance(grad: Tensor, output: Tensor | None, criterion: str, sliced: bool
         noise = torch.rand(grad.shape[1], dtype=dtype, device=grad.device)
         return noise + grad.sum(dims, dtype=dtype) * 0
     raise ValueError(f"unknown criterion {criterion!r}: expected l1, l2, taylor or random")
+
+
+def norms(grad: Tensor, order: int) -> Tensor:
+    """Sum of |G| or root of the sum of squares of each channel: (N, K, *spatial) → (K,), at least float32.
+
+    On accelerators it is one pass without a temporary; on the CPU several times slower than ``abs`` and ``sum``.
+    """
+    dims = [d for d in range(grad.dim()) if d != 1]
+    return torch.linalg.vector_norm(grad, order, dims, dtype=_score_dtype(grad))
 
 
 def compiled_importance(grad: Tensor, output: Tensor | None, criterion: str, apart: bool = False) -> Tensor:

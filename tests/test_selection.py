@@ -22,6 +22,7 @@ from ssprop_fx.selection import (
     importance,
     keep_count,
     kept_channels,
+    norms,
     plan_counts,
 )
 
@@ -230,6 +231,20 @@ def test_importance_orders_channels_as_its_definition(dtype, sliced):
         score = importance(grad, output, criterion, sliced)
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert score.argsort().tolist() == reference.argsort().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [1, 2])
+def test_norms_in_one_pass_are_the_importance(dtype, order):
+    """What accelerators use, on the CPU."""
+    grad = torch.randn(3, 7, 5, 6, dtype=torch.float64).to(dtype)
+    grad[0, 2, 1, 1], grad[1, 4, 0, 0] = float("nan"), -float("inf")
+    found, wanted = norms(grad, order), importance(grad, None, f"l{order}")
+    assert found.dtype == wanted.dtype
+    for got in (found, wanted if order == 1 else wanted.sqrt()):
+        exact = torch.linalg.vector_norm(grad.double(), order, [0, 2, 3])
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0, equal_nan=True)
+    assert kept_channels(found, 1, 2).tolist() == [2, 4]
 
 
 def test_importance_is_accumulated_in_float32():
