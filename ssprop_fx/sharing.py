@@ -19,6 +19,7 @@ from .references import FUNCTIONS, SEQUENCES, Cached, contents, dict_of, held_in
 logger = logging.getLogger(__name__)
 
 _CONTAINERS = (dict, *SEQUENCES, functools.partial, types.MethodType)
+_HOOKS = frozenset(key for key in vars(nn.Module()) if key.endswith("_hooks"))
 
 
 class _KeepTensors(TorchFunctionMode):
@@ -65,17 +66,22 @@ def shared_copy(
     memo |= {id(value): value for value in found if type(value) is object}  # known by its identity, and by nothing else
     memo |= {id(module): _empty(module) for module in modules}
     memo |= _proxies(everything, modules, memo)
+    tables = [value for module in modules for key, value in vars(module).items() if key in _HOOKS]
+    memo |= {id(table): type(table)() for table in tables}  # filled last: a handle leads to one and must not copy what is in it
     with _KeepTensors(tensor_copy):
         _redirect(found, modules, memo, share_listeners)
         for hooks in (False, True):  # an object that an attribute refers to, too, is copied with that
             for module in modules:
                 state = vars(memo[id(module)])
                 for key, value in vars(module).items():
-                    if key == "_compiled_call_impl" or _is_hooks(key, value) != hooks:  # the first is of compiled code
+                    if key == "_compiled_call_impl" or (key in _HOOKS) != hooks:  # the first is of compiled code
                         continue
-                    if hooks and share_listeners:
-                        _share_listeners(value.values(), memo)
-                    state[key] = _copied(value, memo, tree, f"{type(module).__name__}.{key}", warn=share_listeners)
+                    name = f"{type(module).__name__}.{key}"
+                    state[key] = _copied(value, memo, tree, name, share_listeners)
+                    if hooks:
+                        if share_listeners:
+                            _share_listeners(value.values(), memo)
+                        state[key].update({i: _copied(hook, memo, tree, name, share_listeners) for i, hook in value.items()})
     for module in modules:
         for name, value in in_slots(module).items():
             key = f"{type(module).__name__}.{name}"
@@ -120,8 +126,6 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
         return copy.deepcopy(value, memo)
     except Exception as problem:
         _forget(memo, known)
-        if _is_hooks(name, value):
-            return type(value)((key, _copied(hook, memo, tree, name, warn)) for key, hook in value.items())
         if isinstance(value, functools.partial):
             func, *args = (_copied(part, memo, tree, name, warn) for part in (value.func, *value.args))
             return type(value)(func, *args, **{k: _copied(v, memo, tree, name, warn) for k, v in value.keywords.items()})
@@ -181,7 +185,7 @@ def _redirect(found: Iterable[Any], modules: list[nn.Module], memo: dict[int, An
     functions = [f for f in functions if any(_names(c, tree, objects=True) for c in contents(f))]
     if not functions:
         return
-    kept = (v for m in modules for k, v in [*vars(m).items(), *in_slots(m).items()] if not _is_hooks(k, v))
+    kept = (v for m in modules for k, v in [*vars(m).items(), *in_slots(m).items()] if k not in _HOOKS)
     attached = {id(value) for value in reachable(kept, beyond=tree)}
     functions = [f for f in functions if id(f) in attached or any(_names(c, tree) for c in contents(f))]
     functions.sort(key=lambda f: id(f) not in attached)  # these first: what they have copied, the others have, too
@@ -243,10 +247,6 @@ def _replaced(value: Any, memo: dict[int, Any], other: Callable[[Any], Any]) -> 
         func, args, keywords = (_replaced(v, memo, other) for v in (value.func, value.args, value.keywords))
         return type(value)(func, *args, **keywords)
     return other(value)
-
-
-def _is_hooks(key: str, value: Any) -> bool:
-    return key.endswith("_hooks") and isinstance(value, dict)
 
 
 def _share_listeners(hooks: Iterable[Any], memo: dict[int, Any]) -> None:

@@ -104,6 +104,44 @@ def test_a_listener_of_the_models_own_is_copied_with_it():
     assert (len(model.listener.heard), len(original.listener.heard)) == (1, 0)
 
 
+class Keeping(nn.Module):
+    """Keeps what its layer gives, and the handle of the hook for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(3, 8, 3), []
+        self.feature_hooks = {"conv": self.conv.register_forward_hook(self.keep)}
+
+    def keep(self, module, arguments, output):
+        self.kept.append(module)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_the_handle_of_a_hook_removes_that_of_the_copy():
+    original = Keeping()
+    model = transform(original, policy())
+    model(X)
+    assert (model.kept, original.kept) == ([model.conv], [])
+    model.feature_hooks["conv"].remove()
+    assert (len(original.conv._forward_hooks), len(model.conv._forward_hooks)) == (1, 0)
+    assert model.conv._forward_hooks is not original.conv._forward_hooks
+
+
+@pytest.mark.parametrize("listener", [Listener, CallableListener, PartialListener])
+def test_a_handle_does_not_lead_to_who_else_listens(listener):
+    original = Inside()
+    outside = listener(original.conv)
+    original.listener.handle = original.conv.register_forward_hook(original.listener.hear)
+    model = transform(original, policy())
+    model(X)
+    assert outside.heard == [model.conv]
+    assert (model.listener.heard, original.listener.heard) == ([model.conv] * 2, [])
+    model.listener.handle.remove()
+    assert (len(original.conv._forward_hooks), len(model.conv._forward_hooks)) == (3, 2)
+
+
 class Helper:
     def __init__(self, owner):
         self.owner, self.lock = owner, threading.Lock()
