@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .references import FUNCTIONS, SEQUENCES, Cached, contents, dict_of, held_in, in_slots, is_proxy, reachable
@@ -43,9 +44,10 @@ def shared_copy(
 ) -> nn.Module:
     """Copy the modules of ``model``, not its tensors.
 
-    Every module becomes a new object of the same class (a ``torch.fx.GraphModule``, of a class of its own, as each has);
-    parameters, buffers and other tensors, those of modules in plain containers included, are the same objects in both.
-    Attributes, hooks, bound methods, closures and weak references that refer to modules of the tree refer to the copies.
+    Every module becomes a new object of the same class (a ``torch.fx.GraphModule`` or a parametrized layer, of a class of its
+    own, as each has); parameters, buffers and other tensors, those of modules in plain containers included, are the same
+    objects in both. Attributes, hooks, bound methods, closures and weak references that refer to modules of the tree refer
+    to the copies.
     What cannot be copied (a lock, an open file, a process group) is shared, and so are bare objects, which code compares
     with ``is``, what weak references and proxies stand for outside of the tree, and scripted modules, which are opaque to
     Python.
@@ -90,6 +92,7 @@ def shared_copy(
         if isinstance(module, torch.fx.GraphModule):
             memo[id(module)].graph.owning_module = memo[id(module)]
     _join_entries_and_attributes(found, memo)
+    _part_classes(found, memo)
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
         for key in vars(module):
@@ -147,6 +150,15 @@ def _join_entries_and_attributes(found: Iterable[Any], memo: dict[int, Any]) -> 
         new = memo.get(id(value), value)
         if isinstance(value, dict) and dict_of(value) is value and new is not value and type(new) is type(value):
             object.__setattr__(new, "__dict__", new)
+
+
+def _part_classes(found: Iterable[Any], memo: dict[int, Any]) -> None:
+    """Give copies of parametrized layers classes of their own: a parametrization comes and goes as a property of the class."""
+    for value in found:
+        cls: Any = type(value)
+        new = memo.get(id(value), value)
+        if new is not value and cls.__module__ == parametrize.__name__ and parametrize.is_parametrized(value):
+            new.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
 
 
 def _proxies(found: Iterable[Any], modules: Iterable[nn.Module], memo: dict[int, Any]) -> dict[int, Any]:

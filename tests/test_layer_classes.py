@@ -152,6 +152,31 @@ def test_forward_replaced_on_the_instance_is_kept():
     assert layers(model) == ["0"]
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_parametrization_of_either_model_may_come_and_go(kind, first, hidden):
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    layer = getattr(parametrizations, kind)(original[0]).eval()
+    original.hidden = [layer]
+    if hidden:
+        original[0] = nn.Conv2d(3, 8, 3)
+    model = transform(original, policy())
+    layers = [layer, model.hidden[0]]
+    assert type(layers[1]).__name__ == type(layer).__name__ == "ParametrizedConv2d"
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert torch.equal(model(image()), original(image()))
+    expected = layer(image())
+    assert torch.equal(copy.deepcopy(layers[1])(image()), expected)
+    parametrize.register_parametrization(layers[first], "bias", nn.Identity())
+    assert "bias" not in vars(type(layers[1 - first]))
+    parametrize.remove_parametrizations(layers[first], "bias")
+    parametrize.remove_parametrizations(layers[first], "weight")
+    assert type(layers[first]) is nn.Conv2d
+    for each in layers:
+        torch.testing.assert_close(each(image()), expected, rtol=0, atol=0.1)  # the norm is estimated again
+
+
 def test_padding_modes_and_string_padding_are_the_modules_own():
     for mode in ("zeros", "reflect", "replicate", "circular"):
         for padding in (1, "same", (2, 1)):
