@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from .references import FUNCTIONS, SEQUENCES, Cached, contents, dict_of, held_in, in_slots, is_proxy, reachable
+from .references import FUNCTIONS, SEQUENCES, Cached, attributes, contents, dict_of, held_in, in_slots, is_proxy, reachable
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,8 @@ def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: b
     except Exception:  # whatever __deepcopy__ or __reduce__ of foreign objects raise
         _forget(memo, known)
         for leaf in reachable([value]):
-            inner = isinstance(leaf, _CONTAINERS) or hasattr(leaf, "__dict__")
-            if not inner and id(leaf) not in memo and not _copies(leaf):
+            known_or_inner = id(leaf) in memo or isinstance(leaf, _CONTAINERS)
+            if not known_or_inner and not _copies(leaf) and not _names(leaf, tree, objects=True):
                 memo[id(leaf)] = leaf
     known = len(memo)
     try:
@@ -176,8 +176,11 @@ def _forget(memo: dict[int, Any], known: int) -> None:
 
 
 def _copies(leaf: Any) -> bool:
+    """Whether an object copies if everything does that it has in its attributes; what a copy's end would end does not."""
+    if hasattr(type(leaf), "__del__"):
+        return False
     try:
-        copy.deepcopy(leaf)
+        copy.deepcopy(leaf, {id(value): value for value in attributes(leaf)})
     except Exception:
         return False
     return True

@@ -1,8 +1,10 @@
 """The copy that ``transform`` makes: modules are new, tensors are the same, and what refers to a module refers to the new one."""
 
+import contextlib
 import enum
 import functools
 import logging
+import tempfile
 import threading
 import types
 import weakref
@@ -259,6 +261,39 @@ def test_a_weak_reference_to_the_model_is_one_to_the_copy():
     assert model.parent() is model
     assert model[0].parent() is model
     assert original.parent() is original
+
+
+class Logging:
+    """Leads to the model, and holds what cannot be copied."""
+
+    def __init__(self, owner, held):
+        self.owner, self.held, self.kept = owner, held, [held]
+
+    def __call__(self, x):
+        return self.owner.conv(x)
+
+
+class LoggingInSlots:
+    __slots__ = ("held", "kept", "owner")
+    __init__, __call__ = Logging.__init__, Logging.__call__
+
+
+@pytest.mark.parametrize("kind", [Logging, LoggingInSlots])
+@pytest.mark.parametrize("what", [open, tempfile.NamedTemporaryFile, lambda *_: threading.Lock()])
+def test_an_object_is_copied_around_what_it_holds_and_cannot_be_copied(kind, what, tmp_path, caplog):
+    class Model(Inside):
+        def forward(self, x):
+            return self.helper(x)
+
+    original = Model()
+    with contextlib.ExitStack() as stack, caplog.at_level(logging.WARNING, "ssprop_fx"):
+        held = stack.enter_context(what(tmp_path / "log.txt", "w") if what is open else what("w"))
+        original.helper = kind(original, held)
+        model = transform(original, policy())
+        assert model.helper.owner is model
+        assert model.helper.held is model.helper.kept[0] is held
+        assert [row.rewritten for row in inspect(model, X).rows] == [True]
+        assert not caplog.records
 
 
 class Trainer:
