@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,27 @@ logger = logging.getLogger(__name__)
 
 _CONTAINERS = (dict, *SEQUENCES, functools.partial, types.MethodType)
 _HOOKS = frozenset(key for key in vars(nn.Module()) if key.endswith("_hooks"))
+
+_deep_copies: Any = copy  # with names that it has in some versions only
+_redirecting = threading.RLock()
+
+
+@contextlib.contextmanager
+def _memo_of_all() -> Iterator[None]:
+    """While active, a deep copy looks into its memo for functions and weak references, too, as it does before Python 3.14."""
+    if not hasattr(_deep_copies, "_atomic_types"):
+        yield
+        return
+    kinds = (types.FunctionType, weakref.ref)
+    with _redirecting:
+        atomic = _deep_copies._atomic_types
+        for kind in kinds:  # they stay: another thread may be copying
+            _deep_copies._deepcopy_dispatch.setdefault(kind, lambda value, memo: value)
+        _deep_copies._atomic_types = atomic.difference(kinds)
+        try:
+            yield
+        finally:
+            _deep_copies._atomic_types = atomic
 
 
 class _KeepTensors(TorchFunctionMode):
@@ -70,7 +93,7 @@ def shared_copy(
     memo |= _proxies(everything, modules, memo)
     tables = [value for module in modules for key, value in vars(module).items() if key in _HOOKS]
     memo |= {id(table): type(table)() for table in tables}  # filled last: a handle leads to one and must not copy what is in it
-    with _KeepTensors(tensor_copy):
+    with _KeepTensors(tensor_copy), _memo_of_all():
         _redirect(found, modules, memo, share_listeners)
         for hooks in (False, True):  # an object that an attribute refers to, too, is copied with that
             for module in modules:
@@ -92,6 +115,7 @@ def shared_copy(
         if isinstance(module, torch.fx.GraphModule):
             memo[id(module)].graph.owning_module = memo[id(module)]
     _join_entries_and_attributes(found, memo)
+    _map_weak_dictionaries(found, memo)
     _part_classes(found, memo)
     for module in modules:  # in the order that the original has them
         state = vars(memo[id(module)])
@@ -112,8 +136,7 @@ def _empty(module: nn.Module) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any], tree: set[int], name: str, warn: bool) -> Any:
-    if is_proxy(value) or isinstance(value, (types.FunctionType, weakref.ref)):
-        # newer Pythons do not look into the memo for functions and references
+    if is_proxy(value) or isinstance(value, weakref.ref):  # of a subclass it could not be copied
         return memo.get(id(value), value)
     known = len(memo)
     try:
@@ -150,6 +173,16 @@ def _join_entries_and_attributes(found: Iterable[Any], memo: dict[int, Any]) -> 
         new = memo.get(id(value), value)
         if isinstance(value, dict) and dict_of(value) is value and new is not value and type(new) is type(value):
             object.__setattr__(new, "__dict__", new)
+
+
+def _map_weak_dictionaries(found: Iterable[Any], memo: dict[int, Any]) -> None:
+    """Put the copies into copied weak dictionaries, which keep what they refer to weakly when they are copied."""
+    for value in found:
+        new = memo.get(id(value), value)
+        if new is not value and isinstance(new, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
+            entries = [(memo.get(id(k), k), memo.get(id(v), v)) for k, v in new.items()]
+            new.clear()
+            new.update(entries)
 
 
 def _part_classes(found: Iterable[Any], memo: dict[int, Any]) -> None:

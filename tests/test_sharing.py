@@ -1,6 +1,8 @@
 """The copy that ``transform`` makes: modules are new, tensors are the same, and what refers to a module refers to the new one."""
 
+import collections
 import contextlib
+import copy
 import enum
 import functools
 import logging
@@ -261,6 +263,56 @@ def test_a_weak_reference_to_the_model_is_one_to_the_copy():
     assert model.parent() is model
     assert model[0].parent() is model
     assert original.parent() is original
+
+
+@pytest.fixture(params=[False, True], ids=["", "newer"])
+def newer(request, monkeypatch):
+    """``copy.deepcopy`` as of Python 3.14: functions and weak references come back before it looks into its memo."""
+    if request.param and not hasattr(copy, "_atomic_types"):
+        plain = types.FunctionType(copy.deepcopy.__code__, vars(copy), "deepcopy", copy.deepcopy.__defaults__)
+        monkeypatch.setattr(copy, "_plain", plain, raising=False)
+        atomic = {types.FunctionType, weakref.ref}
+        monkeypatch.setattr(copy, "_atomic_types", atomic, raising=False)
+        for kind in atomic:
+            monkeypatch.delitem(copy._deepcopy_dispatch, kind)
+        code = (lambda x, memo=None, _nil=[]: x if type(x) in _atomic_types else _plain(x, memo)).__code__  # noqa: F821
+        monkeypatch.setattr(copy.deepcopy, "__code__", code)
+
+
+def test_functions_and_weak_references_inside_of_others_lead_to_the_copy(newer):
+    original = Inside()
+    model_of = lambda: original  # noqa: E731
+    reference = weakref.ref(original)
+    original.plain = [
+        [model_of, reference],
+        {"a": model_of},
+        (model_of, (reference,)),
+        collections.deque([model_of]),
+        {reference},
+    ]
+    original.partial = functools.partial(model_of)
+    original.factory = collections.defaultdict(model_of)
+    original.kept = Holder(functools.partial(map, model_of))
+    heard = []
+    original.conv.register_forward_hook(lambda *_: heard.append(original))
+    model = transform(original, policy())
+    model(X)
+    first, second, third, fourth, fifth = model.plain
+    assert [first[0](), first[1](), second["a"](), third[0](), third[1][0](), fourth[0](), fifth.pop()()] == [model] * 7
+    assert [model.partial(), model.factory["a"], model.kept.owner.args[0]()] == [model] * 3
+    assert heard == [model]
+
+
+def test_a_weak_dictionary_knows_the_copies(newer):
+    original, trainer = Inside(), Trainer()
+    original.state = weakref.WeakKeyDictionary({trainer: 0, original.conv: [original], original.listener: 2})
+    original.names = weakref.WeakValueDictionary({"a": original.conv, "b": trainer, "c": original.listener})
+    original.all = weakref.WeakSet([original.conv])
+    model = transform(original, policy())
+    assert dict(model.state) == {trainer: 0, model.conv: [model], model.listener: 2}
+    assert dict(model.names) == {"a": model.conv, "b": trainer, "c": model.listener}
+    assert set(model.all) == {model.conv}
+    assert original.state[original.conv] == [original]
 
 
 class Logging:
