@@ -157,6 +157,14 @@ def called_compiled(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def run_alone(model: torch.nn.Module) -> None:
+    """Let each ``DistributedDataParallel`` in a model just call what it wraps, without a word to the other processes."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            vars(module)["_pre_forward"] = lambda *inputs, **kwargs: (inputs, kwargs)
+            vars(module)["_post_forward"] = lambda output: output
+
+
 def aot_autograd(**kwargs: Any) -> Callable[..., Any]:
     """Dynamo's wrapper of AOTAutograd: partitioning and boxed calls as the built-in backends get them."""
     from torch._dynamo.backends.common import aot_autograd as implementation

@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ._compat import in_backward, is_compiled, is_optimized_module
+from ._compat import in_backward, is_compiled, is_optimized_module, run_alone
 from .allocation import Allocation, observers
 from .convolutions import ConvSpec, conv_backward_flops
 from .cost import Call
@@ -205,9 +205,12 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
         with torch.compiler.set_stance("force_eager"), counter:
             training_step(dense_model, example_inputs)
     seen: Counter[str] = Counter()
-    with undone(user_model), attributes_put_back(user_model), _observing(seen.update):
-        # compiled code is that of the user's own modules
-        training_step(model if is_compiled(model) else _forced(model, 1.0), example_inputs)
+    with undone(user_model), attributes_put_back(model), _observing(seen.update):
+        if is_compiled(model):  # compiled code is that of the user's own modules
+            run_alone(model)
+            training_step(model, example_inputs)
+        else:
+            training_step(_forced(user_model, 1.0), example_inputs)
     everything = Counter(seen)
     for name, module in part.named_modules():
         if isinstance(module, nn.Linear):
@@ -255,6 +258,7 @@ def _made(user_model: nn.Module, example_inputs: Any) -> tuple[Counter[str], dic
     try:
         model = _uncompiled(shared_copy(user_model, share_listeners=False), set(user_model.modules()))
         model = transform(model, Policy(drop_rate=0.5, schedule={"kind": "constant"}))
+        run_alone(model)
     except TransformError:  # scripted, for one
         return made, {}
     with undone(user_model), _observing(made.update), torch.compiler.set_stance("force_eager"):
@@ -358,6 +362,7 @@ def _forced(model: nn.Module, factor: float) -> nn.Module:
     At a factor of one, layers of drop rate zero are made sparse, to be counted.
     """
     copied = shared_copy(model, share_listeners=False)
+    run_alone(copied)
     record = transformation_of(copied)
     if record is not None:
         allocation = Allocation(Policy(drop_rate=0.5, schedule={"kind": "constant", "end": factor}))

@@ -380,3 +380,17 @@ def test_a_layout_can_be_settled():
     assert "inductor_force_stride_order" in str(
         torch.fx.experimental.proxy_tensor.make_fx(_compat.in_memory_order)(tensor).graph
     )
+
+
+def test_a_distributed_model_runs_alone(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.reducer = None  # whoever asks it fails
+        _compat.run_alone(model)
+        x = torch.randn(3, 2)
+        assert torch.equal(model(x), model.module(x))
+    finally:
+        torch.distributed.destroy_process_group()

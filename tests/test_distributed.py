@@ -1,6 +1,7 @@
 """C9 on two processes: DistributedDataParallel around a transformed model, and under the backend; names through FSDP2."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -88,6 +89,44 @@ def train(rank, front_end, file):
 @pytest.mark.parametrize("front_end", [transformed, backend, both])
 def test_two_ranks_average_their_sparse_gradients(front_end, tmp_path):
     mp.spawn(train, (front_end, str(tmp_path / "store")), nprocs=2)
+
+
+def inspect_on_one_rank(rank, front_end, file):
+    torch.set_num_threads(1)
+    store, patience = f"file://{file}", timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    try:
+        net = Net().double()
+        net.blocks[0] = nn.Sequential(net.blocks[0], nn.BatchNorm2d(8).double())  # its buffers are broadcast in a forward
+        model = front_end(net)
+        for _ in range(2):  # the second forward rebuilds the buckets together with the other ranks
+            model.zero_grad()
+            found = gradients(model, images(rank))
+            if rank == 0:
+                graphs = len(ssprop_fx.inspect(model).graphs)
+                report = ssprop_fx.inspect(model, images(rank))
+                assert report.coverage == 1.0
+                assert len(report.graphs) == graphs
+        for grad in found.values():
+            other = grad.clone()
+            dist.broadcast(other, 0)
+            assert torch.equal(other, grad), "the ranks have different gradients"
+    finally:
+        dist.destroy_process_group()
+
+
+class Around(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = transformed(net)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("front_end", [transformed, backend, both, Around])
+def test_one_rank_alone_may_inspect(front_end, tmp_path):
+    mp.spawn(inspect_on_one_rank, (front_end, str(tmp_path / "store")), nprocs=2)
 
 
 @pytest.mark.parametrize("front_end", ["transform", "both", "backend"])
