@@ -19,6 +19,7 @@ from ._compat import constant_when_traced, constants_of_objects
 from .convolutions import (
     CONVOLUTIONS,
     GENERAL,
+    LINEAR,
     SPEC_OF_FUNCTION,
     SPEC_OF_OPERATOR,
     ConvSpec,
@@ -75,10 +76,15 @@ class _Intercept(TorchFunctionMode):
         super().__init__()
         self.call_sites = call_sites
         self.counts: dict[str, int] = {}
+        own = call_sites.own
+        self.own_linear = own if own is not None and own.spec is LINEAR else None  # of a layer with a forward on the instance
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spec = SPEC_OF_FUNCTION.get(func) or SPEC_OF_OPERATOR.get(func)
         traced = any(issubclass(kind, torch.fx.Proxy) for kind in types)  # to be a call in a graph of torch.fx
+        if func is LINEAR.function and self.own_linear is not None and not handled() and not traced:
+            site, self.own_linear = self.own_linear, None  # once, as a convolution module's own call
+            return convolve(site, **LINEAR.bind(args, kwargs or {}))
         if (spec is None and func not in GENERAL) or handled() or traced:
             return func(*args, **(kwargs or {}))
         if spec is not None:

@@ -126,6 +126,26 @@ def test_flops_are_those_of_the_kept_features():
     assert [(row.kind, row.kept, row.total) for row in report.rows] == [("linear", 16, 64), ("linear", 8, 32)]
 
 
+def test_a_forward_on_the_instance_is_that_of_the_layer(front_end):
+    """As libraries that move weights around put one there."""
+    model, x = layer(), torch.randn(6, 10, dtype=torch.float64)
+    old = model[0].forward
+    model[0].forward = lambda x: nn.functional.linear(old(x), torch.eye(FEATURES, dtype=x.dtype))
+    expected = front_end(layer(), policy())
+    rewritten = ssprop_fx.transform(model, policy())
+    if front_end is compiled:
+        rewritten = torch.compile(rewritten, backend="ssprop", options={"inner": "aot_eager"})
+    for net in (expected, rewritten):
+        net.zero_grad()
+        net(x).square().sum().backward()
+    grads = [dict(net.named_parameters()) for net in (expected, rewritten)]
+    for a, b in zip(*(g.values() for g in grads), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert model[0].bias.grad.eq(0).sum() == FEATURES - 3  # shared with the original
+    (row,) = ssprop_fx.inspect(rewritten).rows
+    assert (row.kind, row.reason, row.rewritten) == ("linear", "", True)
+
+
 def test_linear_layers_are_dense_without_a_rule_that_names_them():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 4))
     sparse = ssprop_fx.transform(model, Policy(rules=[{"layers": "*", "drop_rate": 0.7}], schedule={"kind": "constant"}))
