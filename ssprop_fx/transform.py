@@ -170,13 +170,23 @@ def changed_layers(part: nn.Module, record: Transformation) -> tuple[set[str], d
     """What was done to a result of ``transform`` since.
 
     Returns:
-        The names of the layers that are no longer there; the convolution modules, by name, that were put in.
+        The names of the layers that are no longer there; the convolution modules, by name, that were put in, but for those
+        beneath a forward that is intercepted, whose calls follow the policy as functional ones.
     """
     sites = {name: set(_sites_of(module)) for name, module in part.named_modules()}
     live = set().union(*sites.values())
     gone = {name for name, site in record.sites.items() if site.rung == "module" and site not in live}
     ours = record.skipped.keys() | {name for name, found in sites.items() if found}
-    return gone, {n: m for n, m in part.named_modules() if spec_of_module(m) is not None and n not in ours}
+    new = {n: m for n, m in part.named_modules() if spec_of_module(m) is not None and n not in ours}
+    watched = {n for n, m in part.named_modules() if isinstance(vars(m).get("forward"), Intercepted)}
+    return gone, {n: m for n, m in new.items() if watched.isdisjoint(_ancestors(n))}
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Names of the modules around one, the root's included."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:

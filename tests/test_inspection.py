@@ -835,6 +835,27 @@ def test_a_complex_convolution_has_one_row():
     assert {row.layer: "complex" in row.reason for row in rows} == {"conv": False, "wave": True}
 
 
+def test_a_layer_that_a_forward_builds_follows_the_policy_as_a_functional_call():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3), None
+
+        def forward(self, x):
+            x = self.stem(x)
+            if self.conv is None:
+                self.conv = nn.Conv2d(8, 8, 3)
+            return self.conv(x)
+
+    policy = Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"})
+    model, x = ssprop_fx.transform(Late(), policy), torch.randn(2, 3, 8, 8)
+    model(x).square().mean().backward()
+    assert model.conv.weight.grad.flatten(1).abs().sum(1).eq(0).sum() == 4
+    for report in (ssprop_fx.inspect(model), ssprop_fx.inspect(model, x)):
+        assert {row.layer: row.reason for row in report.rows} == {"stem": "", "#conv2d.0": ""}
+        assert report.coverage == 1.0
+
+
 def test_a_model_whose_convolutions_are_all_frozen_has_no_flops_to_save():
     model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Flatten(), nn.Linear(288, 2))
     report = ssprop_fx.inspect(ssprop_fx.transform(model, turns()), torch.randn(2, 3, 8, 8))
