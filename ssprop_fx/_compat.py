@@ -103,6 +103,11 @@ def autocast_disabled() -> contextlib.AbstractContextManager[None]:
     return torch._C._DisableAutocast()
 
 
+def in_function_forward() -> bool:
+    """Whether the forward of an ``autograd.Function`` runs now: it turns off forward mode, too, which ``no_grad`` does not."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def in_backward() -> bool:
     """Whether a backward pass is what runs now, in this thread."""
     return running_backward() != -1

@@ -60,6 +60,7 @@ class Allocation:
         self.measures = policy.profitable == "auto"
         self.demands: dict[str, Demand] = {}
         self._provisional: set[str] = set()  # layers whose demand is that of a call without a backward pass
+        self._idle: set[str] = set()  # those of them that have only run where no gradient is recorded
         self._unsettle()
         if live:
             self._register()
@@ -72,9 +73,10 @@ class Allocation:
         self.handle = f"{self.policy.digest}.{next(_numbers)}"
         _live[self.handle] = self
 
-    def wants(self, layer: str, round_to: int) -> bool:
+    def wants(self, layer: str, round_to: int, trains: bool = True) -> bool:
         """Whether another announcement of the layer could change anything; asked first, since it costs less."""
-        return (round_to == AUTO or self.measures) and (not self._plans or layer not in self.demands)
+        known = layer in self.demands and not (trains and layer in self._idle)
+        return (round_to == AUTO or self.measures) and (not self._plans or not known)
 
     def announce(self, demand: Demand, provisional: bool = False) -> None:
         """Add a call's cost to its layer's demand; ignored once the counts are settled for this layer.
@@ -83,7 +85,8 @@ class Allocation:
             provisional: the call has no backward pass (yet: a checkpointed one runs again). It counts until one that has.
         """
         layer = demand.layer
-        known = self.demands.get(layer)
+        idle = _is_idle(demand)
+        known = None if layer in self._idle and not idle else self.demands.get(layer)
         if known is None:
             if self._plans:  # a layer that runs for the first time; what others announce from here on is another step's
                 self._provisional.update(self.demands)
@@ -95,6 +98,7 @@ class Allocation:
         remembered = self._remembered["flops"].get(layer)
         self.demands[layer] = demand if remembered is None else replace(demand, flops=remembered)
         (self._provisional.add if provisional else self._provisional.discard)(layer)
+        (self._idle.add if idle else self._idle.discard)(layer)
 
     def keep(self, layer: str, channels: int, drop_rate: float, factor: float, round_to: int) -> int:
         """Channels to keep out of ``channels``, at the layer's ``drop_rate`` times the schedule's ``factor``."""
@@ -115,11 +119,13 @@ class Allocation:
 
     def _settle(self, factor: float) -> Plan:
         kept = self._remembered["kept"].get(factor, {})
-        if self.demands.keys() <= kept.keys():
+        # a teacher that never trains has no part in the budget; before the first step nobody knows who trains
+        weighed = {name: d for name, d in self.demands.items() if not _is_idle(d)} or self.demands
+        if weighed.keys() <= kept.keys():
             losses = self._remembered["losses"].get(factor, {})
             return Plan(kept, {name: Timing(*figures) for name, figures in losses.items() if name in self.demands})
         # by name, so that neither the order of running nor that of a report decides among equal layers
-        demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(self.demands.items())]
+        demands = [replace(d, drop_rate=d.drop_rate * factor) for _, d in sorted(weighed.items())]
         return Plan(*settle(demands, self.measures))
 
     def _unsettle(self) -> None:
@@ -133,6 +139,7 @@ class Allocation:
         """Settle all counts anew."""
         self.demands.clear()
         self._provisional.clear()
+        self._idle.clear()
         self._unsettle()
 
     def __getstate__(self) -> dict:
@@ -142,6 +149,7 @@ class Allocation:
         self.policy, self.demands, self._snapshot = state["policy"], state["demands"], None
         self.measures = self.policy.profitable == "auto"
         self._provisional = set(self.demands)
+        self._idle = {name for name, demand in self.demands.items() if _is_idle(demand)}
         self._unsettle()
         self._register()
 
@@ -153,6 +161,11 @@ class Allocation:
         copied = type(self).__new__(type(self))
         copied.__setstate__({"policy": policy, "demands": dict(self.demands)})
         return copied
+
+
+def _is_idle(demand: Demand) -> bool:
+    """Whether a demand is of calls where no gradient is recorded, and which nothing is known to run again."""
+    return bool(demand.calls) and all(call.needs is None for call in demand.calls)
 
 
 class Follower:

@@ -31,6 +31,7 @@ from .transform import Transformation, is_sharded, transform, transformation_of,
 
 _FORWARD = torch.ops.aten.convolution.default
 _BACKWARD = torch.ops.aten.convolution_backward.default
+_OF_COMPLEX = 3  # real convolutions, which PyTorch makes of one of complex numbers
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class MeasuredLayer:
     Attributes:
         calls: those with a backward pass, or which would have one if anything required it.
         called: whether there was any call.
+        complex: whether its weight is of complex numbers, and it stays dense.
     """
 
     spec: ConvSpec
@@ -47,6 +49,7 @@ class MeasuredLayer:
     settings: Settings
     calls: tuple[Call, ...]
     called: bool = True
+    complex: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,10 +220,13 @@ def _measure(model: nn.Module, example_inputs: Any) -> Measurement:
             del seen[name]  # rewritten, but no convolution
     flops = counter.conv_flops, counter.flops, counter.backward_flops
     if record is not None:
-        layers = _measured(record, transformation_of(dense_model), everything, is_compiled(model))
+        met = transformation_of(dense_model)
+        assert met is not None
+        layers = _measured(record, met, everything, is_compiled(model))
         seen = _once_for_all_samples(seen, {name: len(layer.calls) for name, layer in layers.items()})
         by_rule = sum(n for layer, n in seen.items() if layers[layer].settings.drop_rate == 0)
-        elsewhere = max(0, counter.count - seen.total() - counter.hidden.total())
+        complex_calls = sum(any(c.needs or ()) for site in met.sites.values() if site.complex for c in site.calls or ())
+        elsewhere = max(0, counter.count - seen.total() - counter.hidden.total() - _OF_COMPLEX * complex_calls)
         hidden = Counter({_within(place, name): count for name, count in counter.hidden.items()})
         for layer in record.skipped:  # those have rows of their own
             caller = _caller(part, layer)
@@ -325,7 +331,7 @@ def arguments_of(model: nn.Module, names: Sequence[str], example_inputs: Any) ->
     return found
 
 
-def _measured(record: Transformation, met: Any, seen: Mapping[str, int], compiled: bool) -> dict[str, MeasuredLayer]:
+def _measured(record: Transformation, met: Transformation, seen: Mapping[str, int], compiled: bool) -> dict[str, MeasuredLayer]:
     """The layers of ``record`` with the calls that its copy ``met`` saw, functional ones that only that has met included.
 
     Args:
@@ -340,7 +346,7 @@ def _measured(record: Transformation, met: Any, seen: Mapping[str, int], compile
         frozen = not any(any(c.needs or ()) for c in wanted)
         # Only those with a backward pass count. A checkpointed call is made again in it, where it counts no second time.
         calls = wanted if frozen or (compiled and not seen.get(layer)) else wanted[: seen.get(layer, 0)]
-        layers[layer] = MeasuredLayer(site.spec, site.kinds, settings, tuple(calls), bool(site.calls))
+        layers[layer] = MeasuredLayer(site.spec, site.kinds, settings, tuple(calls), bool(site.calls), site.complex)
     return layers
 
 

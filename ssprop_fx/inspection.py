@@ -172,14 +172,17 @@ def _of_transformed(
     measured = measurement.layers if measurement else {}
     layers: dict[str, Layer] = {}
     gone, new = changed_layers(part, record)
+    met: list[tuple[str, MeasuredLayer | Site]] = [*measured.items(), *record.sites.items()]
+    imaginary = {name: site for name, site in met if site.complex and name not in gone}
+    trained = any(site.ran_backward for site in record.sites.values())
     for name, site in record.sites.items():
-        if name in gone or name in unreached:
+        if name in gone or name in unreached or name in imaginary:
             continue
         rung = "graph" if name in in_graph else site.rung
-        uses = compiled.get(name) or _site_uses(site, measured.get(name))
+        uses = compiled.get(name) or _site_uses(site, measured.get(name), trained)
         layers[name] = Layer(site.spec.name, site.kinds, rung, site.settings, uses)
     for name, m in measured.items():  # functional calls that only the measured step has met
-        if name not in layers and name not in gone and name not in unreached:
+        if name not in layers and name not in gone and name not in unreached and name not in imaginary:
             uses = compiled.get(name) or tuple(map(Use, m.calls))
             layers[name] = Layer(m.spec.name, m.kinds, "call", m.settings, uses)
 
@@ -194,6 +197,9 @@ def _of_transformed(
         return [_traced_capture(t, layers, arguments.get(full[t.name])) for t in traced()]
 
     left = [left_row(layer, reason) for layer, reason in record.skipped.items()]
+    left += [
+        left_row(name, COMPLEX, site.spec.name, sorted(site.kinds)) for name, site in imaginary.items() if name not in gone
+    ]
     left += [left_row(name, _NEW, *_kinds(module)) for name, module in new.items()]
     inside = set(part.modules())
     beside = {n: m for n, m in model.named_modules() if spec_of_module(m) is not None and m not in inside}
@@ -214,13 +220,16 @@ def _unreached(measurement: Measurement) -> dict[str, MeasuredLayer]:
     """Layers of a compiled model with calls that had a gradient in the dense step, and none in the sparse one."""
     found = {}
     for name, layer in measurement.layers.items():
-        if any(call.needs and any(call.needs) for call in layer.calls) and not measurement.calls.get(name):
+        if any(any(call.needs or ()) for call in layer.calls) and not measurement.calls.get(name) and not layer.complex:
             found[name] = layer
     return found if measurement.elsewhere else {}
 
 
-def _site_uses(site: Site, measured: MeasuredLayer | None) -> tuple[Use, ...]:
-    return tuple(map(Use, site.first_step if measured is None else measured.calls))
+def _site_uses(site: Site, measured: MeasuredLayer | None, trained: bool) -> tuple[Use, ...]:
+    """The calls of a layer. Once others have ``trained``, one that has only run without gradients is taken to need none."""
+    if measured is not None:
+        return tuple(map(Use, measured.calls))
+    return tuple(Use(replace(c, needs=(False, False)) if trained and c.needs is None else c) for c in site.first_step)
 
 
 def _traced_capture(traced: TracedModule, layers: Mapping[str, Layer], arguments: tuple[Any, Any] | None) -> Capture:

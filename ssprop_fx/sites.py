@@ -20,6 +20,7 @@ from ._compat import (
     forward_ad_active,
     function_modes,
     functorch_active,
+    in_function_forward,
     requires_grad,
     running_backward,
     saved_tensors_hooked,
@@ -41,6 +42,7 @@ class Site(Follower):
         first_step: the calls of the first step that was seen, those with a gradient; before that the first call without.
         calls: every call from now on, if coverage's measurement has put a list here.
         ran_backward: whether a backward pass of the layer has begun, with which its first step's calls are complete.
+        complex: whether its weight turned out to be of complex numbers, which only the call tells where it is computed.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Site(Follower):
         self.layer, self.spec, self.kinds, self.rung = layer, spec, kinds, rung
         self.settings, self.allocation = settings, allocation
         self.first_step: list[Call] = []
-        self.ran_backward = False
+        self.ran_backward = self.complex = False
         self._began = (0, -1)  # the clock, and which backward pass was running, when the first step began
         self.calls: list[Call] | None = None
         self.known = False  # nothing more is to be learned from a call
@@ -197,11 +199,15 @@ def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _dense(site: Site, input, weight, bias, stride, padding, dilation, groups, output_padding) -> Tensor:
     output = unseen(site.spec.call, input, weight, bias, stride, padding, dilation, groups, output_padding)
     if not site.known:
+        site.complex = weight.is_complex()
         call = site.spec.prepare(input, weight, stride, padding, dilation, groups, output_padding)
         batched = output.unsqueeze(0) if call.unbatched else output
         needs = (requires_grad(input), requires_grad(weight)) if torch.is_grad_enabled() else None
         site.remember(call.input, weight, batched, call.args, needs)
-        if site.settings.drop_rate > 0 and site.allocation.wants(site.layer, site.round_to):
+        if needs is None and in_function_forward():  # a reentrant checkpoint, say, whose backward runs the call again
+            needs = (True, True)
+        wanted = site.settings.drop_rate > 0 and not site.complex
+        if wanted and site.allocation.wants(site.layer, site.round_to, needs is not None):
             site.announce(call.input, weight, batched, call.args, needs, provisional=True)
     return output
 

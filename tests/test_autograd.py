@@ -256,6 +256,39 @@ def test_complex_convolutions_stay_dense():
     assert ssprop_fx.inspect(model).rows[0].reason == "complex numbers: only real convolutions are rewritten"
 
 
+class ComplexFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3, dtype=torch.complex64))
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return F.conv2d(x.to(torch.complex64), self.weight).abs() + self.conv(x)
+
+
+class ComplexLayer(nn.Conv2d):
+    def forward(self, x):
+        weight = torch.complex(self.weight, self.weight.flip(-1))
+        return F.conv2d(x.to(torch.complex64), weight).abs()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+@pytest.mark.parametrize("make", [ComplexFunction, lambda: nn.Sequential(nn.Conv2d(3, 3, 1), ComplexLayer(3, 8, 3))])
+def test_calls_with_complex_weights_are_told_to_stay_dense(make, factor):
+    used = Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant", "end": factor})
+    original, x = make(), torch.randn(2, 3, 8, 8)
+    model = ssprop_fx.transform(original, used)
+    model(x).square().sum().backward()
+    for report in (
+        ssprop_fx.inspect(model),
+        ssprop_fx.inspect(model, x),
+        ssprop_fx.inspect(ssprop_fx.transform(make(), used), x),
+    ):
+        assert len(report.rows) == 2
+        assert [row.layer for row in report.rows if "complex numbers" in row.reason] in (["#conv2d.0"], ["1"])
+        assert [row.layer for row in report.rows if row.rewritten] in (["conv"], ["0"])
+
+
 class Checkpointed(nn.Module):
     """A block that ends with a convolution, of a module or of a function."""
 

@@ -382,6 +382,28 @@ def test_a_layout_can_be_settled():
     )
 
 
+def test_the_forward_of_a_function_is_told_from_no_grad():
+    found = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            with torch.no_grad():
+                found.append(_compat.in_function_forward())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(_compat.in_function_forward())
+            return grad
+
+    Noting.apply(torch.ones(1, requires_grad=True)).backward()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            found.append(_compat.in_function_forward())
+    assert found == [True, False, False, False, False]
+
+
 def test_a_distributed_model_runs_alone(tmp_path):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs gloo")

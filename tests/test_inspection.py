@@ -856,6 +856,74 @@ def test_a_layer_that_a_forward_builds_follows_the_policy_as_a_functional_call()
         assert report.coverage == 1.0
 
 
+class MeanTeacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = (
+            nn.Sequential(nn.Conv2d(3, 72, 3), nn.Conv2d(72, channels, 3)) for channels in (104, 1000)
+        )
+
+    def teach(self, x):
+        with torch.no_grad():
+            return self.teacher(x).mean()
+
+    def forward(self, x):
+        return self.student(x) - self.teach(x)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_network_that_only_runs_without_gradients_has_no_flops_to_save(end):
+    policy = Policy(drop_rate=0.5, round_to="auto", schedule={"kind": "constant", "end": end, "clock": "manual"})
+    model, x = ssprop_fx.transform(MeanTeacher(), policy), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)
+    assert all(row.flops_dense for row in ssprop_fx.inspect(model).rows)  # nobody knows what will train
+    for _ in range(2):
+        model(x).square().mean().backward()
+    told, measured = ssprop_fx.inspect(model), ssprop_fx.inspect(model, x)
+    assert (told.flops_dense, told.flops_now) == (measured.flops_dense, measured.flops_now)
+    for name in ("teacher.0", "teacher.1"):
+        assert (told[name].reason, told[name].flops_dense) == ("no gradient is computed", 0)
+
+
+def test_a_network_that_only_runs_without_gradients_leaves_the_counts_to_the_others():
+    def counts(model, validated=False):
+        model, x = ssprop_fx.transform(model, Policy(drop_rate=0.6, schedule={"kind": "constant"})), torch.randn(2, 3, 8, 8)
+        if validated:
+            with torch.no_grad():
+                model(x)
+        model(x).square().mean().backward()
+        model.zero_grad()
+        model(x).square().mean().backward()
+        return {n: int((p.grad.flatten(1).abs().sum(1) > 0).sum()) for n, p in model.student.named_parameters() if p.dim() > 1}
+
+    class Alone(MeanTeacher):
+        def teach(self, x):
+            return 0
+
+    class Trained(MeanTeacher):
+        def teach(self, x):
+            return checkpoint(self.teacher, x.requires_grad_(), use_reentrant=self.reentrant).mean()
+
+    alone = counts(Alone())
+    assert counts(MeanTeacher()) == counts(MeanTeacher(), validated=True) == alone
+    found = []
+    for Trained.reentrant in (False, True):
+        found += [counts(Trained()), counts(Trained(), validated=True)]
+    assert all(each == found[0] for each in found)
+    assert found[0] != alone
+
+
+def test_a_network_that_begins_to_train_later_is_counted_then():
+    model, x = ssprop_fx.transform(MeanTeacher(), Policy(drop_rate=0.6, schedule={"kind": "constant"})), torch.randn(2, 3, 8, 8)
+    model(x).square().mean().backward()
+    model.teacher(model.student[0].weight[:2, :, :].new_ones(2, 3, 8, 8)).mean().backward()
+    assert {row.reason for row in ssprop_fx.inspect(model).rows} == {""}
+    allocation = model.__dict__["_ssprop"].allocation
+    assert allocation.plan(1.0).kept.keys() == {"student.0", "student.1", "teacher.0", "teacher.1"}
+
+
 def test_a_model_whose_convolutions_are_all_frozen_has_no_flops_to_save():
     model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Flatten(), nn.Linear(288, 2))
     report = ssprop_fx.inspect(ssprop_fx.transform(model, turns()), torch.randn(2, 3, 8, 8))
