@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
@@ -22,7 +23,7 @@ from .convolutions import GENERAL, SPEC_OF_FUNCTION, spec_of_module
 from .mentions import calls_forward_of_a_class, imported, is_library, lookups, names_and_strings, names_of_others, package
 from .references import attributes, is_gone
 
-Known = dict[tuple[type, frozenset[Any]], bool]  # a class and what its module holds → whether that reaches a convolution
+Known = dict[tuple[type, frozenset[Any], bool], bool]  # a class and what its module holds → whether that calls a convolution
 _Reached = tuple[Any, "type | None"]  # a value, and the class that it is a member of
 
 # Whoever mentions one of these may call a convolution, or anything.
@@ -42,7 +43,9 @@ _CONTAINERS = (list, tuple, set, frozenset, *_TABLES)
 _DEPTH = 8  # of plain objects and containers within each other
 
 
-def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known: Known | None = None) -> bool:
+def may_call_convolution(
+    module: nn.Module, tree: Set[int] = frozenset(), classes: frozenset[type] = frozenset(), known: Known | None = None
+) -> bool:
     """Whether the module's own forward or a hook of it (not its children's) could call a convolution function.
 
     A convolution module that computes through ``self._conv_forward`` does not count: that call is its own.
@@ -50,31 +53,39 @@ def may_call_convolution(module: nn.Module, tree: Set[int] = frozenset(), known:
     Args:
         tree: ids of all modules of the model, which are looked at one by one; other modules that this one refers to belong
             to it.
+        classes: of those modules (:func:`classes_of`). One may call a method of any other: it gets that as an argument, or
+            holds it, or its parent, where nothing is registered.
         known: what was found out about classes before, in the same call of the library and no other: between two of them a
             notebook's cell may be run again, and a function that code mentions be another.
     """
     if "forward" in vars(module):
         return True  # somebody replaced it on the instance; what it reaches cannot be read off the class
     tree = tree or {id(m) for m in module.modules()}
-    stored = [value for value in _stored(attributes(module), _DEPTH) if id(value) not in tree]
+    kept = list(_stored([value for value in attributes(module) if value is not module._modules], _DEPTH))
+    stored = [value for value in kept if id(value) not in tree]
+    holds = len(stored) < len(kept)
     spaces = frozenset(value for value in stored if _is_space(value))
     objects = [value for value in stored if not _is_space(value)]
     held = {cls for value in (module, *objects) for cls in _classes(value)}
     cls: Any = type(module)
-    if _reaches([(value, None) for value in objects], spaces) or any(hooks_that_may_call(module)):
+    if _reaches([(value, None) for value in objects], spaces) or any(hooks_that_may_call(module, classes)):
         return True
     known = {} if known is None else known
-    key = cls, frozenset(held - {cls}) | spaces
+    key = cls, frozenset(held - {cls}) | spaces, holds
     if key not in known:
-        known[key] = _class_reaches(*key)
+        known[key] = _class_reaches(*key, classes)
     return known[key]
 
 
-def hooks_that_may_call(module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-    """Forward hooks and pre-hooks that could call a convolution function: the table that one is in, and its key."""
+def hooks_that_may_call(module: nn.Module, classes: frozenset[type] = frozenset()) -> Iterator[tuple[dict[int, Any], int]]:
+    """Forward hooks and pre-hooks that could call a convolution function: the table that one is in, and its key.
+
+    Args:
+        classes: as for :func:`may_call_convolution`.
+    """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if _reaches([(hook, None)], frozenset(_classes(module))):
+            if _reaches([(hook, None)], frozenset(_classes(module)), classes):
                 yield hooks, key
 
 
@@ -89,9 +100,9 @@ def _forward(cls: type) -> Any:
     return next(_members(cls, "forward"), None)
 
 
-def _class_reaches(cls: type, held: frozenset[Any]) -> bool:
+def _class_reaches(cls: type, held: frozenset[Any], holds: bool, classes: frozenset[type]) -> bool:
     asked = [(f, c) for c in (cls, *held) for f in _members(c, "__getattr__")]
-    return _reaches([(_forward(cls), cls), *asked], held)
+    return _reaches([(_forward(cls), cls), *asked], held, classes, holds)
 
 
 def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[Any]:
@@ -102,6 +113,9 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             continue
         if _is_code(value) or isinstance(value, nn.Module) or _is_space(value):
             yield value
+        elif isinstance(value, weakref.ref):
+            if isinstance(module := value(), nn.Module):
+                yield module
         elif isinstance(value, _CONTAINERS):
             if depth and id(value) not in seen:
                 seen.add(id(value))
@@ -112,6 +126,11 @@ def _stored(values: Any, depth: int, seen: set[int] | None = None) -> Iterator[A
             if depth and simple and id(value) not in seen and not _is_torch(type(value)):
                 seen.add(id(value))
                 yield from _stored(attributes(value), depth - 1, seen)
+
+
+def classes_of(model: nn.Module) -> frozenset[type]:
+    """The classes of a model's modules, those of a user's."""
+    return frozenset(_classes(model))
 
 
 def _classes(value: Any) -> Iterator[type]:
@@ -131,13 +150,18 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
 
 
-def _reaches(todo: list[_Reached], held: frozenset[Any]) -> bool:
+def _reaches(todo: list[_Reached], held: frozenset[Any], classes: frozenset[type] = frozenset(), holds: bool = False) -> bool:
     """Whether any of these values is, or can come to call, a convolution function.
 
     Args:
         held: classes of what the module holds, and Python modules and plain classes that it holds: whatever a method asks
             for by name may be in one of them.
+        classes: of the modules of the model: a method of a module, or a function, may get any as an argument.
+        holds: whether the module holds one of those where nothing is registered; then plain objects, of which far more is
+            within reach than a forward asks for, may hold it, too.
     """
+    every = held | classes
+    near = every if holds else held
     seen: set[Any] = set()
     expanded: set[int] = set()
     met: dict[tuple[int, type | None], Any] = {}  # kept: what lives no longer could share its identity with another value
@@ -166,7 +190,8 @@ def _reaches(todo: list[_Reached], held: frozenset[Any]) -> bool:
                     return True
                 registry = getattr(value, "registry", None)  # of functools.singledispatch
                 todo += [(v, cls) for v in registry.values()] if isinstance(registry, _TABLES) else []
-                todo += _successors(value, cls, held)
+                todo += _successors(value, cls, near, every)
+                todo += _looked_up(value, cls, near, every)
         elif isinstance(value, nn.Module):  # one that is no part of the model
             if any(spec_of_module(m) is not None for m in value.modules()):
                 return True
@@ -225,10 +250,13 @@ def _looks_up_in_torch(function: types.FunctionType) -> bool:
     return any(isinstance(f, types.ModuleType) and f.__name__.partition(".")[0] == "torch" for f in found)
 
 
-def _looked_up(function: types.FunctionType, cls: type | None, held: frozenset[Any]) -> Iterator[Any]:
+def _looked_up(
+    function: types.FunctionType, cls: type | None, held: frozenset[Any], every: frozenset[Any]
+) -> Iterator[_Reached]:
     """What ``getattr(…, …)`` in the code may give: whatever begins as the name there does, in what it is asked of.
 
-    That is the method's own class, a value that the function knows by name, or, in a method, what the module holds.
+    That is the method's own class, a value that the function knows by name, or, in a method, what the module holds; where
+    the name's beginning is known, any of ``every``.
     """
     code = function.__code__
     names, _ = names_and_strings(code)
@@ -242,14 +270,22 @@ def _looked_up(function: types.FunctionType, cls: type | None, held: frozenset[A
             owners = [] if cls is None else [cls]
         else:
             own = cls is not None and issubclass(cls, nn.Module) and function in _members(cls, function.__name__)
-            owners = held if own else []
+            owners = (every if start else held) if own else []
         for owner in owners:
             for value in _own_members(owner, start):
                 yield value, owner if isinstance(owner, type) else None
 
 
-def _successors(function: types.FunctionType, cls: type | None, held: frozenset[Any]) -> Iterator[_Reached]:
-    """What a function may call, each with the class that it is a member of."""
+def _successors(
+    function: types.FunctionType, cls: type | None, held: frozenset[Any], every: frozenset[Any]
+) -> Iterator[_Reached]:
+    """What a function may call, each with the class that it is a member of.
+
+    Args:
+        held: what it may ask for anything by name.
+        every: further ones, which may be arguments of it: unless a tensor, too, has what it asks for.
+    """
+    given = every if cls is None or issubclass(cls, nn.Module) else held
     names, _ = names_and_strings(function.__code__)
     seen: set[int] = set()
     values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -264,9 +300,8 @@ def _successors(function: types.FunctionType, cls: type | None, held: frozenset[
         if cls is not None:
             yield from _members_named(cls, name, names, seen)
         if name not in ("forward", "__init__"):  # a module's own forward is a matter of its own
-            for other in held:
+            for other in held if hasattr(torch.Tensor, name) else given:
                 yield from _members_named(other, name, names, seen)
-    yield from _looked_up(function, cls, held)
 
 
 def _named(value: Any, cls: type | None, names: frozenset[str], seen: set[int]) -> Iterator[_Reached]:
@@ -350,4 +385,4 @@ def _is_foreign(function: types.FunctionType) -> bool:
     return is_library(function.__module__)
 
 
-__all__ = ["Known", "forward_names", "hooks_that_may_call", "may_call_convolution"]
+__all__ = ["Known", "classes_of", "forward_names", "hooks_that_may_call", "may_call_convolution"]

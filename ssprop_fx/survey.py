@@ -13,7 +13,7 @@ from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module
 from .errors import PolicyError, TransformError
 from .naming import plain_modules, plain_name
 from .policy import KINDS, Policy, Settings
-from .reach import Known, may_call_convolution
+from .reach import Known, classes_of, may_call_convolution
 
 _CALLS = 100  # of one function in one forward; rules for any of them are taken to match
 
@@ -61,9 +61,9 @@ def functional_callers(model: nn.Module, plain: bool = False) -> set[str]:
     Args:
         plain: as for :func:`layer_kinds`.
     """
-    tree, known = frozenset(map(id, model.modules())), Known()
+    tree, classes, known = frozenset(map(id, model.modules())), classes_of(model), Known()
     modules = ((n, m) for n, m in _modules(model, plain) if not isinstance(m, torch.jit.ScriptModule))
-    return {name for name, module in modules if may_call_convolution(module, tree, known)}
+    return {name for name, module in modules if may_call_convolution(module, tree, classes, known)}
 
 
 def convolves(layers: Mapping[str, frozenset[str]], callers: Collection[str]) -> bool:

@@ -19,7 +19,7 @@ from .calls import CallSites, Intercepted, run_intercepted
 from .convolutions import LINEAR, ConvSpec, spec_of_module
 from .errors import TransformError
 from .policy import Policy, Settings
-from .reach import hooks_that_may_call
+from .reach import classes_of, hooks_that_may_call
 from .sharing import shared_copy
 from .sites import Site, convolve_linear_module, convolve_module, convolve_transposed_module
 from .survey import assign_checked, functional_callers, layer_kinds, require_module, scripted_convolutions
@@ -117,7 +117,7 @@ def transformed(model: nn.Module, policy: Policy) -> nn.Module:
     assigned = assign_checked(model, policy, layers, callers)
 
     result = shared_copy(model, shared=[policy])  # which the model may hold, to step it
-    record = Transformation(policy)
+    record, classes = Transformation(policy), classes_of(result)
     for name, module in result.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -132,7 +132,7 @@ def transformed(model: nn.Module, policy: Policy) -> nn.Module:
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
         if name in callers:
-            _intercept_hooks(module, CallSites(name, record.add_functional))
+            _intercept_hooks(module, CallSites(name, record.add_functional), classes)
     for name in scripted_convolutions(model):
         record.skipped[name] = SCRIPTED
     policy.bind({name: site.settings for name, site in record.sites.items()})
@@ -251,9 +251,9 @@ def _intercept(module: nn.Module, call_sites: CallSites) -> None:
     _replace_forward(module, Intercepted(run_intercepted, call_sites, module.forward))
 
 
-def _intercept_hooks(module: nn.Module, call_sites: CallSites) -> None:
+def _intercept_hooks(module: nn.Module, call_sites: CallSites, classes: frozenset[type]) -> None:
     """Hooks run outside of the forward. Those that do not convolve stay as they are: torch looks for its own by their class."""
-    for hooks, key in hooks_that_may_call(module):
+    for hooks, key in hooks_that_may_call(module, classes):
         hooks[key] = Intercepted(run_intercepted, call_sites, hooks[key])
 
 

@@ -544,6 +544,96 @@ def test_functional_convolution_is_found(caller):
     assert (measured.sparse, measured.dense) == (1, 1)
 
 
+class Bank(Base):
+    def mix(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class Holder:
+    def __init__(self, bank):
+        self.banks = {"first": bank}
+
+    def run(self, x):
+        return self.banks["first"].mix(x)
+
+
+class Block(nn.Module):
+    """Calls a method of a module that is elsewhere in the model."""
+
+    def __init__(self, bank):
+        super().__init__()
+        self.bank, self.parent = [bank], lambda: None
+
+    def forward(self, x):
+        return self.bank[0].mix(x)
+
+
+class BlockThatIsGivenIt(Block):
+    def forward(self, x, bank):
+        return bank.mix(x)
+
+
+class BlockThatAsksItsParent(Block):
+    def forward(self, x):
+        return self.parent().mix(x)
+
+
+class BlockThatPutsTheNameTogether(Block):
+    def forward(self, x):
+        bank = self.parent()
+        return getattr(bank, "".join("mix"))(x)
+
+
+class BlockThatIsGivenItByAnObject(Block):
+    def __init__(self, bank):
+        super().__init__(bank)
+        self.holder = Holder(bank)
+
+    def forward(self, x):
+        return self.holder.run(x)
+
+
+class BlockWithAHook(Block):
+    def __init__(self, bank):
+        super().__init__(bank)
+        self.register_forward_hook(lambda module, args, output: module.bank[0].mix(output))
+
+    def forward(self, x):
+        return x
+
+
+class BlockThatMakesAnother(Block):
+    def forward(self, x):
+        made = Block(self.bank[0])
+        return made(x)
+
+
+class Elsewhere(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.bank = Bank()
+        self.block = block(self.bank)
+        self.block.parent = weakref.ref(self)
+        self.mixer = Block(self.bank) if block is BlockThatMakesAnother else None
+
+    def mix(self, x):
+        return F.conv2d(x, self.bank.weight)
+
+    def forward(self, x):
+        return self.block(x, self.bank) if isinstance(self.block, BlockThatIsGivenIt) else self.block(x)
+
+
+@pytest.mark.parametrize("block", [Block, *Block.__subclasses__()], ids=lambda c: c.__name__)
+def test_method_of_a_module_elsewhere_in_the_model_is_found(block):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    original = Elsewhere(block)
+    model = ssprop_fx.transform(original, Policy(drop_rate=0.5, round_to=1, schedule={"kind": "constant"}))
+    assert torch.equal(model(x), original(x))
+    assert measure(model, x).calls == {"block#conv2d.0": 1}
+    assert "bank" not in functional_callers(model)
+
+
 LATE = {
     "late": "import late.operations\nreturn late.operations.convolve(x, self.weight)",
     "from": "from late.operations import convolve\nreturn convolve(x, self.weight)",
