@@ -37,20 +37,24 @@ class CallSites:
     Args:
         owner: the module's name; the first functional ``conv2d`` of its forward is the layer ``owner#conv2d.0``.
         make_site: (layer, spec, kinds) → Site, by the policy; the one that there is, if it decides alike.
-        own: for a convolution module that calls the function itself: the layer's site, used for its first call.
+        own: for a convolution module that calls the function itself: the layer's site, used for its first call that
+            :func:`is_own` does not find to be beside the layer's.
+        shape: for such a module: of its weight.
     """
 
-    def __init__(self, owner: str, make_site: Callable[..., Site], own: Site | None = None) -> None:
-        self.owner, self.make_site, self.own = owner, make_site, own
+    def __init__(
+        self, owner: str, make_site: Callable[..., Site], own: Site | None = None, shape: tuple[int, ...] = ()
+    ) -> None:
+        self.owner, self.make_site, self.own, self.shape = owner, make_site, own, shape
         self.sites: dict[tuple[str, torch.Size, int], Site] = {}
 
-    def site(self, spec: ConvSpec, nth: int, weight_shape: torch.Size, groups: int) -> Site:
-        """The site of the ``nth`` call of ``spec``'s function in a forward.
+    def site(self, spec: ConvSpec, nth: int, weight_shape: torch.Size, groups: int, own: bool) -> Site:
+        """The site of the ``nth`` call of ``spec``'s function in a forward; of the layer's ``own`` call, the layer's.
 
         A call that comes with another kernel than before (sampled from several, or of each sample's own) has the same name,
         and is decided upon again, since rules may go by kind.
         """
-        if nth == 0 and self.own is not None and self.own.spec is spec:
+        if own and self.own is not None:
             return self.own
         layer = functional_name(self.owner, spec.name, nth)
         known = self.sites.get((layer, weight_shape, groups))
@@ -61,9 +65,22 @@ class CallSites:
 
 
 @constant_when_traced
-def _constant_settings(call_sites: CallSites, function: str, nth: int, weight_shape: torch.Size, groups: int) -> tuple:
+def _constant_settings(
+    call_sites: CallSites, function: str, nth: int, weight_shape: torch.Size, groups: int, own: bool
+) -> tuple:
     """The operator's settings for a call; Dynamo, which would trace into the policy, takes them for a constant."""
-    return constants_of(call_sites.site(CONVOLUTIONS[function], nth, weight_shape, groups))
+    return constants_of(call_sites.site(CONVOLUTIONS[function], nth, weight_shape, groups, own))
+
+
+def is_own(module: Any, weight: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a call with such a weight may be the one that a convolution module is there for.
+
+    One with a constant of another shape, as a mask's or a scale's, is not, unless nothing of the module is trained.
+
+    Args:
+        shape: of the module's weight.
+    """
+    return weight.requires_grad or tuple(weight.shape) == shape or not any(p.requires_grad for p in module.parameters())
 
 
 def functional_name(owner: str, function: str, nth: int) -> str:
@@ -72,12 +89,14 @@ def functional_name(owner: str, function: str, nth: int) -> str:
 
 
 class _Intercept(TorchFunctionMode):
-    def __init__(self, call_sites: CallSites) -> None:
+    def __init__(self, call_sites: CallSites, forward: Any) -> None:
         super().__init__()
-        self.call_sites = call_sites
+        self.call_sites, self.forward = call_sites, forward
         self.counts: dict[str, int] = {}
         own = call_sites.own
         self.own_linear = own if own is not None and own.spec is LINEAR else None  # of a layer with a forward on the instance
+        self.own = own.spec if own is not None else None  # until the layer's own call has come
+        self.records = torch.is_grad_enabled()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spec = SPEC_OF_FUNCTION.get(func) or SPEC_OF_OPERATOR.get(func)
@@ -100,15 +119,24 @@ class _Intercept(TorchFunctionMode):
         nth = self.counts.get(spec.name, 0)
         self.counts[spec.name] = nth + 1
         shape, groups = bound["weight"].shape, bound["groups"]
+        own = self.own is spec and self._is_own(bound["weight"])
+        if own:
+            self.own = None
         if constants_of_objects and torch.compiler.is_compiling() and all(type(n) is int for n in (*shape, groups)):
-            settings = _constant_settings(self.call_sites, spec.name, nth, shape, groups)
+            settings = _constant_settings(self.call_sites, spec.name, nth, shape, groups, own)
             return convolve_in_graph(spec, settings, **bound)
-        return convolve(self.call_sites.site(spec, nth, shape, groups), **bound)
+        return convolve(self.call_sites.site(spec, nth, shape, groups, own), **bound)
+
+    def _is_own(self, weight: torch.Tensor) -> bool:
+        if not self.records:
+            return True  # there is nothing to tell calls by, and no backward pass
+        module = getattr(self.forward, "__self__", None)
+        return torch.is_grad_enabled() and (module is None or is_own(module, weight, self.call_sites.shape))
 
 
 def run_intercepted(call_sites: CallSites, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a module's forward, or a hook; the functional convolutions that it makes go through their sites."""
-    mode = _Intercept(call_sites)
+    mode = _Intercept(call_sites, forward)
     with mode:
         result = forward(*args, **kwargs)
     return _each_under(mode, result) if isinstance(result, types.GeneratorType) else result

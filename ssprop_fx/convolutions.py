@@ -202,6 +202,14 @@ def spec_of_module(module: nn.Module, linear: bool = False) -> ConvSpec | None:
     return None
 
 
+def weight_shape(module: Any, spec: ConvSpec) -> tuple[int, ...]:
+    """The shape of a convolution module's weight, which may be computed; empty for a linear one."""
+    if spec.dim == 0:
+        return ()
+    outs, ins = module.out_channels // module.groups, module.in_channels // module.groups
+    return (*((module.in_channels, outs) if spec.transposed else (module.out_channels, ins)), *module.kernel_size)
+
+
 def autocast_passes_over(function: Any, device_type: str) -> bool:
     """Whether autocast leaves a convolution function alone: on the CPU it does not know the general one."""
     return device_type == "cpu" and function in GENERAL

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .calls import functional_name
-from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module
+from .convolutions import CONVOLUTIONS, LINEAR, conv_kinds, spec_of_module, weight_shape
 from .errors import PolicyError, TransformError
 from .naming import plain_modules, plain_name
 from .policy import KINDS, Policy, Settings
@@ -49,9 +49,7 @@ def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[st
                     f"{name or type(module).__name__} is a lazy module that has no weight yet; "
                     "run one forward pass (or model.initialize_parameters) and call transform after it"
                 )
-            outs, ins = m.out_channels // m.groups, m.in_channels // m.groups
-            shape = (m.in_channels, outs) if spec.transposed else (m.out_channels, ins)
-            found[name] = conv_kinds(spec, (*shape, *m.kernel_size), m.groups)
+            found[name] = conv_kinds(spec, weight_shape(m, spec), m.groups)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ._compat import is_compiled
 from .allocation import Allocation, Follower
 from .calls import CallSites, Intercepted, run_intercepted
-from .convolutions import LINEAR, ConvSpec, spec_of_module
+from .convolutions import LINEAR, ConvSpec, spec_of_module, weight_shape
 from .errors import TransformError
 from .policy import Policy, Settings
 from .reach import classes_of, hooks_that_may_call
@@ -128,7 +128,9 @@ def transformed(model: nn.Module, policy: Policy) -> nn.Module:
                 record.skipped[name] = COMPLEX
                 continue
             site = record.add(name, spec, layers[name], assigned[name], "module")
-            _rewrite_module(module, site, CallSites(name, record.add_functional, own=site), name in callers)
+            _rewrite_module(
+                module, site, CallSites(name, record.add_functional, site, weight_shape(module, spec)), name in callers
+            )
         elif name in callers:
             _intercept(module, CallSites(name, record.add_functional))
         if name in callers:
@@ -223,7 +225,7 @@ def _rewrite_module(module: nn.Module, site: Site, call_sites: CallSites, calls_
     """Install the site; a subclass keeps its own forward, and the convolution call which that makes is replaced.
 
     Args:
-        call_sites: for a forward of its own, whose first call is the site's.
+        call_sites: for a forward of its own, one of whose calls is the site's.
         calls_functions: whether its code may call a convolution function.
     """
     spec = site.spec

@@ -103,6 +103,40 @@ class TwoCalls(nn.Conv2d):
         return first + F.conv2d(x, self.weight.flip(-1), self.bias, padding=self.padding)
 
 
+class Partial(nn.Conv2d):
+    """Counts, beside its own convolution, what is under the kernel; not again for inputs of the same size."""
+
+    size = None
+
+    def forward(self, x):
+        if x.shape != self.size:
+            self.size = x.shape
+            with torch.no_grad():
+                self.ratio = 9 / F.conv2d(torch.ones_like(x), torch.ones_like(self.weight))
+        return super().forward(x) * self.ratio
+
+
+class Scaled(nn.Conv2d):
+    """As of XNOR-Net."""
+
+    def forward(self, x):
+        scale = F.conv2d(x.abs().mean(1, keepdim=True), torch.full((1, 1, 3, 3), 1 / 9))
+        return F.conv2d(x, self.weight.tanh(), self.bias) * scale
+
+
+@pytest.mark.parametrize("layer", [Partial, Scaled])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_beside_a_layers_own_is_not_taken_for_it(layer, compiled):
+    chosen = policy(rules=[{"layers": "0", "drop_rate": 0}])
+    model = transform(nn.Sequential(layer(3, 8, 3)), chosen)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    for _ in range(2):
+        run(image()).square().sum().backward()
+        assert model[0].weight.grad.flatten(1).abs().sum(1).gt(0).all()
+        model.zero_grad()
+    assert set(transformation_of(model).sites) == {"0", "0#conv2d.0"}
+
+
 class Up(nn.ConvTranspose2d):
     def forward(self, x):
         return F.conv_transpose2d(x, self.weight.abs(), self.bias, self.stride)
