@@ -51,6 +51,7 @@ class ConvSpec:
 
     Attributes:
         parameters: names and defaults of the arguments after ``input`` and ``weight``, in calling order.
+        forwards: the module class's ``forward`` and ``_conv_forward`` as torch has them, when this package is imported.
     """
 
     name: str
@@ -59,13 +60,19 @@ class ConvSpec:
     function: Callable[..., Tensor]
     module: type[nn.Module]
     parameters: tuple[tuple[str, Any], ...] = field(init=False)
+    forwards: tuple[Any, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         # no cached_property: some Pythons take a lock for it, at which Dynamo breaks the graph
         object.__setattr__(self, "parameters", self._parameters())
+        object.__setattr__(self, "forwards", (self.module.forward, getattr(self.module, "_conv_forward", None)))
 
     def __reduce__(self) -> tuple[Callable[[str], ConvSpec], tuple[str]]:
         return _row, (self.name,)  # a copied or unpickled model refers to the table's own rows: they are compared by identity
+
+    def is_plain(self, cls: Any, conv_forward: bool = False) -> bool:
+        """Whether a module class has torch's own ``forward`` or ``_conv_forward``: nobody's in a subclass, nor patched in."""
+        return getattr(cls, "_conv_forward" if conv_forward else "forward", None) is self.forwards[conv_forward]
 
     def _parameters(self) -> tuple[tuple[str, Any], ...]:
         if self.dim == 0:

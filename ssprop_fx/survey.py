@@ -40,7 +40,7 @@ def layer_kinds(model: nn.Module, plain: bool = False) -> dict[str, frozenset[st
     found: dict[str, frozenset[str]] = {}
     for name, module in _modules(model, plain):
         spec = spec_of_module(module)
-        if spec is None and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if spec is None and isinstance(module, nn.Linear) and LINEAR.is_plain(type(module)):
             found[name] = frozenset({LINEAR.name})
         elif spec is not None and not isinstance(module, torch.jit.ScriptModule):
             m: Any = module

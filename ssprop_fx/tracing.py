@@ -140,9 +140,10 @@ def _rewritten(name: str, traced: GraphModule, record: Transformation, prefix: s
 
 def _plain(module: nn.Module, convolution: Convolution) -> bool:
     """Whether calling the module is nothing but the convolution, so that a node can stand for it."""
-    base = convolution.spec.module
     generated = module._parameters.get("weight") is None  # by the model's forward, for one
-    return type(module).forward is base.forward and not generated and not _has_hooks(module)  # type: ignore[attr-defined]
+    spec, cls = convolution.spec, type(module)
+    plain = spec.is_plain(cls) and (spec.transposed or spec.is_plain(cls, conv_forward=True))
+    return plain and not generated and not _has_hooks(module)
 
 
 def _copy_graph(graph: Graph) -> Graph:

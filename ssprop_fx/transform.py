@@ -229,19 +229,18 @@ def _rewrite_module(module: nn.Module, site: Site, call_sites: CallSites, calls_
         calls_functions: whether its code may call a convolution function.
     """
     spec = site.spec
-    cls: Any = type(module)
-    base: Any = spec.module
+    cls = type(module)
     if spec is LINEAR and "forward" not in vars(module):
         _replace_forward(module, functools.partial(convolve_linear_module, module, site))
     elif (
         spec is not LINEAR
         and not spec.transposed
-        and cls._conv_forward is base._conv_forward
+        and spec.is_plain(cls, conv_forward=True)
         and "_conv_forward" not in vars(module)
         and not calls_functions
     ):
         vars(module)["_conv_forward"] = functools.partial(convolve_module, module, site)
-    elif spec.transposed and cls.forward is base.forward and "forward" not in vars(module):
+    elif spec.transposed and spec.is_plain(cls) and "forward" not in vars(module):
         _replace_forward(module, functools.partial(convolve_transposed_module, module, site))
     else:
         _intercept(module, call_sites)

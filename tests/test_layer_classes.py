@@ -172,6 +172,28 @@ def test_subclass_keeps_its_own_forward(layer, names):
         torch.testing.assert_close(sparse["0.bias"][kept], dense["0.bias"][kept])
 
 
+PATCHES = {
+    "conv": (nn.Conv2d, "forward"),
+    "conv_forward": (nn.Conv2d, "_conv_forward"),
+    "transposed": (nn.ConvTranspose2d, "forward"),
+    "linear": (nn.Linear, "forward"),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_class_of_torchs_that_somebody_patched_computes_as_patched(patch, monkeypatch):
+    cls, name = PATCHES[patch]
+    plain = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, *args, **kwargs: plain(self, *args, **kwargs) * 0.5)
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 8, 3), nn.Flatten(2), nn.Linear(36, 8))
+    model = transform(original, policy(rules=[{"kind": "linear", "optional": True, "drop_rate": 0.5}]))
+    assert torch.equal(model(image()), original(image()))
+    assert layers(model)[:2] == ["0", "1"]
+    assert ("3" in layers(model)) == (patch != "linear")  # whose calls are not watched for
+    assert_sparse(model, rows=2)
+    assert len(ssprop_fx.inspect(model, image()).rows) >= 2
+
+
 def test_forward_replaced_on_the_instance_is_kept():
     original = nn.Sequential(nn.Conv2d(3, 8, 3))
 
