@@ -85,10 +85,6 @@ def channels_innermost(tensor: Tensor) -> bool:
     return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
 
 
-# What depends on shapes alone is found once for each: of a small layer's time it would be a tenth.
-
-
-@functools.lru_cache(4096)
 def steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int] | None:
     """How far apart samples, neighbouring positions, and channels of (N, K, *spatial) are in memory.
 
@@ -107,16 +103,11 @@ def steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int] 
     return sample, sample if position is None else position, channel
 
 
-def _innermost(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """:func:`channels_innermost` of a shape and strides."""
-    return channels_innermost(torch.empty_strided(shape, strides, device="meta"))
-
-
-def _dense_steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+def _dense_steps(tensor: Tensor) -> tuple[int, int] | None:
     """How far apart positions and channels are in dense memory, in one of the two layouts; None in any other."""
-    if _innermost(shape, strides):
-        return shape[1], 1
-    return (1, math.prod(shape[2:])) if torch.empty_strided(shape, strides, device="meta").is_contiguous() else None
+    if channels_innermost(tensor):
+        return tensor.shape[1], 1
+    return (1, math.prod(tensor.shape[2:])) if tensor.is_contiguous() else None
 
 
 def abs_sum(grad: Tensor) -> Tensor | None:
@@ -132,7 +123,7 @@ def abs_sum(grad: Tensor) -> Tensor | None:
     return sums
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(4096)  # what depends on shapes alone would be a tenth of a small layer's time
 def _sizes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """Samples, channels, positions, and how far apart each are; None where neither channels nor positions lie side by side."""
     layout, positions = steps(shape, strides), math.prod(shape[2:])
@@ -240,10 +231,11 @@ def _layout(
     dilation: Sequence[int],
 ) -> _Layout | None:
     """Of a convolution whose tensors have these shapes and strides; None if a loop cannot read them."""
-    grad_steps, input_steps = steps(grad, grad_strides), _dense_steps(input, input_strides)
+    grad_steps = steps(grad, grad_strides)
+    input_steps = _dense_steps(torch.empty_strided(input, input_strides, device="meta"))
     if grad_steps is None or input_steps is None:
         return None
-    last = loop != _DIRECT and _innermost(weight, weight_strides)
+    last = loop != _DIRECT and channels_innermost(torch.empty_strided(weight, weight_strides, device="meta"))
     parts: list[Sequence[int]] = [
         *(_three(sizes) for sizes in (input[2:], grad[2:], weight[2:], stride)),
         _three(padding, 0),

@@ -99,9 +99,9 @@ class GraphRecord:
         """Whether a layer is the model's, of several that the graph has modules of; of what none has a module, each is."""
         owner = layer.partition("#")[0]
         models = [model for ref in self.roots if (model := ref()) is not None]
-        having = (
-            [model for model in models if any(name == owner for name, _ in plain_modules(model))] if len(models) > 1 else []
-        )
+        if len(models) == 1:
+            return True
+        having = [model for model in models if any(name == owner for name, _ in plain_modules(model))]
         return not having or any(model is root for model in having)
 
     def clock_of(self, policy: Policy) -> Policy:
