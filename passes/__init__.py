@@ -4,6 +4,7 @@ Each takes a graph (or the list that an earlier one made) and gives one back; ea
 """
 
 from .assign_policy import Decision, assign_policy
+from .batch_norm_sums import BatchNormSums
 from .channels_last_scatter import ChannelsLastScatter
 from .channels_last_sums import ChannelsLastSums
 from .find_convolutions import Convolution, find_convolutions
@@ -12,6 +13,7 @@ from .sparsify import Sparsify
 from .verify import verify
 
 __all__ = [
+    "BatchNormSums",
     "ChannelsLastScatter",
     "ChannelsLastSums",
     "Convolution",

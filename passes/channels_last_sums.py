@@ -30,14 +30,21 @@ class ChannelsLastSums(PassBase):
         return rewrite_calls(graph_module, _aten.sum.dim_IntList, _rewrite)
 
 
-def _rewrite(node: Node) -> bool:
+def order_of_columns(node: Node) -> list[int] | None:
+    """The summed tensor's dimensions in the order of memory, if it is columns that a sum is over, on the CPU; else None."""
     source: Any = node.args[0]
-    tensor, result = source.meta["val"], node.meta["val"]
+    tensor = source.meta["val"]
     if tensor.device.type != "cpu" or tensor.dim() < 2 or not has_static_shape(tensor) or tensor.numel() < _LEAST:
-        return False
+        return None
     order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
     reduced = {d % tensor.dim() for d in node.args[1] or range(tensor.dim())}  # type: ignore[union-attr]
-    if reduced != set(order[:-1]) or not tensor.permute(order).is_contiguous():
+    return order if reduced == set(order[:-1]) and tensor.permute(order).is_contiguous() else None
+
+
+def _rewrite(node: Node) -> bool:
+    source: Any = node.args[0]
+    order, tensor, result = order_of_columns(node), source.meta["val"], node.meta["val"]
+    if order is None:
         return False
     channels = tensor.shape[order[-1]]
     positions = tensor.numel() // channels

@@ -28,9 +28,11 @@ _MOST = 192 * 1024
 _FIRST, _MORE_FIRST, _MOST_FIRST, _MOST_STRIDED = 32 * 1024, 512, 128 * 1024, 448 * 1024
 
 # Columns, which are kept channels of a group times the kernel's positions, up to which the loop is quicker than the library's
-# convolution: in three dimensions or in groups; with channels last of many inputs, if columns times inputs stay in a cache;
-# otherwise; and of inputs that fill one vector.
-_COLUMNS, _CACHED, _COLUMNS_PLAIN, _COLUMNS_THIN = 448, 144 * 1024, 112, 40
+# convolution: in three dimensions or in groups; with channels last of inputs that only begin to fill vectors; otherwise. With
+# channels last of more inputs it is columns times inputs that count, up to so many and _MORE_COLUMNS for each position of the
+# input, but up to _MOST_COLUMNS.
+_COLUMNS, _COLUMNS_THIN, _COLUMNS_PLAIN = 448, 40, 112
+_FEWEST_COLUMNS, _MORE_COLUMNS, _MOST_COLUMNS = 32 * 1024, 768, 224 * 1024
 
 
 def loop_backward(
@@ -86,14 +88,11 @@ def _loop(
         return None
     if any(s > 1 for s in args.stride) or not _all_read(grad, weight, args):
         return native.direct if grouped and not last and inputs <= 16 else None
-    if input.dim() == 5 or (grouped and not last):
-        few = columns <= _COLUMNS
-    elif last and inputs >= 64:
-        few = columns <= _COLUMNS and columns * inputs <= _CACHED
-    elif last:  # a vector of inputs is mostly empty, or the columns take as long to write as to use
-        few = (columns <= _COLUMNS_THIN and inputs >= 16) or (columns <= _COLUMNS_PLAIN and inputs >= 32)
-    else:
-        few = columns <= _COLUMNS_PLAIN
+    few = columns <= (_COLUMNS if input.dim() == 5 or (grouped and not last) else _COLUMNS_PLAIN)
+    if last and inputs >= 32:
+        few = (few and input.dim() == 5) or columns * inputs <= _most_columns(input)
+    elif last and input.dim() < 5:  # a vector of inputs is mostly empty
+        few = columns <= _COLUMNS_THIN and inputs >= 16
     return native.products if few else None
 
 
@@ -101,6 +100,12 @@ def _all_read(grad: Tensor, weight: Tensor, args: ConvArgs) -> bool:
     """Whether an unstrided convolution reads every position of its input; what is not finite elsewhere must not be seen."""
     parts = zip(grad.shape[2:], weight.shape[2:], args.dilation, strict=True)
     return all(d == 1 or k == 1 or (isinstance(size, int) and size >= d) for size, k, d in parts)
+
+
+def _most_columns(input: Tensor) -> int:
+    positions = input.shape[0] * math.prod(input.shape[2:])
+    known = isinstance(positions, int)  # a symbol must not be asked
+    return min(_MOST_COLUMNS, _FEWEST_COLUMNS + _MORE_COLUMNS * positions) if known else _MOST_COLUMNS
 
 
 def _most_first(grad: Tensor, args: ConvArgs) -> int:

@@ -24,7 +24,7 @@ from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of the functions' arguments, as in kernels.c
+VERSION = 6  # of the functions' arguments, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 
@@ -33,6 +33,7 @@ _DIRECT, _STEM, _PRODUCTS = range(3)  # as in kernels.c
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "ssprop_abs_sum": [_POINTER, *[_LONG] * 6, _POINTER, _INT],
+    "ssprop_centered_sums": [*[_POINTER] * 3, *[_LONG] * 3, _POINTER, _INT],
     "ssprop_kept_channels": [_POINTER, _LONG, _LONG, _LONG, _POINTER],
     "ssprop_take_last": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ssprop_gradients": [_INT, *[_POINTER] * 4, *[_LONG] * 5, *[_POINTER] * 4, _INT],
@@ -132,6 +133,26 @@ def _sizes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | No
     sample, position, channel = layout
     even = shape[0] == 1 or sample == position * positions
     return (shape[0], shape[1], positions, *layout) if (even if channel == 1 else position == 1) else None
+
+
+def centered_sums(grad: Tensor, inputs: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor | None:
+    """Sums over batch and space of the gradient, and of its products with inputs that are centered, in one pass.
+
+    Args:
+        grad: (N, C, *spatial).
+        inputs: of its shape.
+        means: (C,), of each input.
+
+    Returns:
+        (1 + inputs, C): Σ G, and for each input Σ G · (x − mean); None where channels are not innermost in all of them.
+    """
+    if not all(map(channels_innermost, (grad, *inputs))):
+        return None
+    sums, kept = grad.new_empty((1 + len(inputs), grad.shape[1])), [mean.contiguous() for mean in means]
+    pointers = [(_POINTER * len(part))(*(t.data_ptr() for t in part)) for part in (inputs, kept)]
+    sizes = len(inputs), grad.numel() // grad.shape[1], grad.shape[1]
+    _run("ssprop_centered_sums", grad, grad.data_ptr(), *pointers, *sizes, sums.data_ptr())
+    return sums
 
 
 def kept_channels(score: Tensor, groups: int, keep: int) -> Tensor:

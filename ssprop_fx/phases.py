@@ -22,7 +22,7 @@ from ._compat import fake_mode_of, lowering_context, with_own_random_numbers
 from .allocation import allocation_for, observers
 from .cost import is_number
 from .logs import backward_lowered
-from .passes import ChannelsLastScatter, ChannelsLastSums, LowerBackward, lowering_demands
+from .passes import BatchNormSums, ChannelsLastScatter, ChannelsLastSums, LowerBackward, lowering_demands
 from .passes._graphs import graphs_within
 from .passes.lower_backward import backward_nodes
 from .profit import Timing, settle
@@ -121,6 +121,7 @@ class PhaseDispatcher:
             if self.decompositions:  # for Inductor
                 for graph, _ in graphs_within(lowered).values():
                     ChannelsLastScatter()(graph)
+                    BatchNormSums()(graph)
                     ChannelsLastSums()(graph)
                     with_own_random_numbers(graph)
         return lowered

@@ -1,12 +1,16 @@
 """The passes that keep a backward graph in channels-last memory: the same values, where the data lies."""
 
+import copy
+
 import pytest
 import torch
 import torch._inductor.lowering  # some decompositions ask it, and do not import it
 import torch.nn.functional as F
-from ssprop_fx.passes import ChannelsLastScatter, ChannelsLastSums
+from ssprop_fx.passes import BatchNormSums, ChannelsLastScatter, ChannelsLastSums
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import ssprop_fx
+from ssprop_fx import centered, native
 from ssprop_fx._compat import inductor_decompositions
 
 aten = torch.ops.aten
@@ -144,3 +148,120 @@ def test_other_sums_stay(x, dims):
     code = graph.code
     assert not ChannelsLastSums()(graph).modified
     assert graph.code == code
+
+
+built = pytest.mark.skipif(native.library is None, reason="the loops in C have not been built")
+
+
+def norm_gradients(grad, *norms, output_mask=(True, True, True), training=True):
+    """What Inductor makes of the backward passes of batch norms, given (input, weight, mean, 1 / deviation) of each."""
+    results = []
+    for x, weight, mean, inverse in norms:
+        statistics = mean + 1, inverse + 1  # of an evaluation: not those of the batch
+        results += aten.native_batch_norm_backward(
+            grad, x, weight, *statistics, mean, inverse, training, 1e-5, list(output_mask)
+        )
+    return tuple(result for result in results if result is not None)
+
+
+def norm(x):
+    return x, torch.rand(x.shape[1]) + 0.5, x.mean([d for d in range(x.dim()) if d != 1]), torch.rand(x.shape[1]) + 0.5
+
+
+def spread_over(norms):
+    return [tensor for one in norms for tensor in one]
+
+
+@built
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("shape", [(4, 24, 32, 32), (2, 16, 8, 16, 16), (8, 64, 512), (4096, 32), (3, 65, 33, 31)])
+def test_sums_of_a_batch_norm_are_one_operator(shape, number, training):
+    grad, *inputs = (channels_last(*shape) if len(shape) > 2 else torch.randn(shape) for _ in range(1 + number))
+    norms = [norm(2 * x + 1) for x in inputs]
+
+    def gradients(grad, *rest):
+        norms = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        return norm_gradients(grad.relu(), *norms, training=training)
+
+    graph = traced(gradients, grad, *spread_over(norms))
+    before = graph(grad, *spread_over(norms))
+    exact = graph(grad.double(), *(t.double() for t in spread_over(norms)))
+    for node in calls(graph, aten.sum.dim_IntList):
+        node.meta["stack_trace"] = "the user's line"
+    assert BatchNormSums()(graph).modified
+    made = calls(graph, centered.operator)
+    # the second norm's statistics of an evaluation are computed after the first one's sums
+    assert [len(node.args[1]) for node in made] == ([number] if training else [1] * number)
+    assert all(node.meta["stack_trace"] == "the user's line" for node in made)
+    assert not calls(graph, aten.sum.dim_IntList)
+    after = graph(grad, *spread_over(norms))
+    for got, old, double in zip(after, before, exact, strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (old.shape, old.dtype, old.stride())
+        torch.testing.assert_close(got.double(), double, rtol=2e-5, atol=2e-5 * double.abs().max().item())
+    assert not BatchNormSums()(graph).modified
+
+
+@built
+@pytest.mark.parametrize("mask", [(True, True, False), (True, False, False), (False, True, True)])
+def test_a_batch_norm_without_some_of_its_gradients(mask):
+    grad, one = channels_last(4, 24, 32, 32), norm(channels_last(4, 24, 32, 32))
+    graph = traced(lambda grad, *one: norm_gradients(grad, one, output_mask=mask), grad, *one)
+    graph.graph.eliminate_dead_code()
+    expected = graph(grad, *one)
+    BatchNormSums()(graph)
+    assert len(calls(graph, centered.operator)) == 1
+    torch.testing.assert_close(graph(grad, *one), expected, rtol=1e-5, atol=1e-5 * expected[-1].abs().max().item())
+
+
+@built
+@pytest.mark.parametrize(
+    "case",
+    ["channels first", "half precision", "double precision", "small", "computed input", "not centered"],
+)
+def test_other_norms_stay(case):
+    shape = (4, 24, 32, 32) if case != "small" else (2, 8, 8, 8)
+    dtype = {"half precision": torch.bfloat16, "double precision": torch.float64}.get(case, torch.float32)
+    grad, x = channels_last(*shape, dtype=dtype), channels_last(*shape, dtype=dtype)
+    if case == "channels first":
+        grad, x = grad.contiguous(), x.contiguous()
+    mean = x.mean((0, 2, 3))
+
+    def sums(grad, x, mean):
+        x = x.sigmoid() if case == "computed input" else x
+        plain = grad.sum((0, 2, 3))
+        shift = mean.view(1, -1, 1, 1) if case != "not centered" else grad.mean((2, 3), keepdim=True)
+        return plain, (grad * (x - shift)).sum((0, 2, 3))
+
+    graph = traced(sums, grad, x, mean)
+    code = graph.code
+    assert not BatchNormSums()(graph).modified
+    assert graph.code == code
+
+
+@built
+def test_compiled_training_sums_a_batch_norm_s_gradients_once():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 1)]
+    model = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    policy = ssprop_fx.Policy(drop_rate=0.5, schedule={"kind": "constant"})
+    eager = ssprop_fx.transform(copy.deepcopy(model), policy)
+    compiled = torch.compile(model, backend="ssprop", options={"policy": policy})
+    for one in (eager, compiled):
+        one(x).square().mean().backward()
+    backward = ssprop_fx.inspect(compiled).graph("graph 0/backward, factor 1")
+    assert len(calls(backward, centered.operator)) == 1
+    for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        most = theirs.grad.abs().max().item()
+        if name == "0.bias":  # zero before a batch norm, but for rounding
+            continue
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5 * most)
+
+
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, lambda x: x.contiguous(memory_format=torch.channels_last)])
+@pytest.mark.parametrize("number", [0, 2])
+def test_centered_sums_as_an_operator(arrange, number):
+    grad, *inputs = (arrange(torch.randn(3, 5, 4, 6)) for _ in range(1 + number))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.ssprop.centered_sums, (grad, inputs, [torch.randn(5) for _ in inputs]), test_utils=tests)

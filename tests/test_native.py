@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ssprop_fx
 from ssprop_fx import native
 from ssprop_fx.backward import sparse_backward
+from ssprop_fx.centered import centered_sums
 from ssprop_fx.convolutions import ConvArgs, run
 from ssprop_fx.dense import dense_backward
 from ssprop_fx.gather import take
@@ -86,6 +87,33 @@ def test_what_is_not_finite_reaches_the_importance(value, arrange):
     grad = arrange(torch.ones(2, 20, 9, 9))
     grad[1, 13, 4, 5] = value
     assert (~native.abs_sum(grad).isfinite()).nonzero().flatten().tolist() == [13]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (300, 8), (4, 16, 33, 31), (2, 150, 3, 5, 4), (1, 3, 300, 300), (5, 2048, 2, 2)]
+)
+def test_sums_with_centered_inputs(shape, number):
+    torch.manual_seed(0)
+    grad, *inputs = (last(torch.randn(shape)) for _ in range(1 + number))
+    means = [torch.randn(2 * shape[1])[::2] for _ in inputs]
+    dims, channels = [d for d in range(len(shape)) if d != 1], [-1, *[1] * (len(shape) - 2)]
+    got = native.centered_sums(grad, inputs, means)
+    factors = [torch.ones_like(grad), *(x - m.view(channels) for x, m in zip(inputs, means, strict=True))]
+    terms = torch.stack([grad.double() * factor.double() for factor in factors])
+    exact, size = (t.sum([1 + d for d in dims]) for t in (terms, terms.abs()))
+    assert ((got.double() - exact).abs() <= 1e-6 * size).all()
+    torch.testing.assert_close(centered_sums(grad, inputs, means), got, rtol=0, atol=0)
+    first = grad.contiguous()  # what the loop does not read
+    assert native.centered_sums(first, inputs, means) is None or min(shape[1], first[0, 0].numel()) == 1
+    assert ((centered_sums(first, inputs, means).double() - exact).abs() <= 1e-5 * size).all()
+
+
+def test_sums_with_centered_inputs_do_not_lose_what_is_small():
+    grad, x = last(torch.full((24, 16, 112, 112), 0.1)), last(torch.full((24, 16, 112, 112), 1.0))
+    got = native.centered_sums(grad, [x], [torch.full((16,), 0.5)])
+    whole = grad.double()[:, 0].sum()
+    torch.testing.assert_close(got.double(), torch.stack([whole, whole / 2]).unsqueeze(1).expand(2, 16), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize(("channels", "kept"), [(5, 1), (64, 16), (300, 299)])
@@ -321,10 +349,12 @@ def test_which_loop_runs(arrange, monkeypatch):
     assert loops(nn.Conv2d(64, 3, 3), 9, 9, keep=1) == ["products"]
     assert loops(nn.Conv3d(16, 32, 3), 5, 5, 5, keep=8) == ["products"]
     assert loops(nn.Conv2d(64, 3, 3, padding=2), 1, 1, keep=1) == ["products"]
-    assert loops(nn.Conv2d(64, 64, 3), 9, 9, keep=16) == ["products"] * (arrange is last)
+    for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 64, 3), 56), (nn.Conv2d(32, 64, 5), 8)]:
+        assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
+    assert loops(nn.Conv2d(512, 64, 3), 16, 16, keep=48) == ["products"] * (arrange is last)
     for module, keep in [
-        (nn.Conv2d(64, 64, 3), 56),
-        (nn.Conv2d(512, 64, 3), 48),
+        (nn.Conv2d(512, 64, 3), 48),  # too few positions
+        (nn.Conv2d(24, 64, 3), 16),
         (nn.Conv2d(64, 3, 3, stride=2), 1),
         (nn.Conv2d(16, 16, 1, padding=1), 4),
         (nn.Conv2d(1024, 1024, 1), 200),

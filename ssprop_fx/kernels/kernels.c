@@ -135,7 +135,7 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #endif
 
 /* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 5; }
+int ssprop_version(void) { return 6; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
@@ -146,6 +146,13 @@ int ssprop_abs_sum(const float *grad, int64_t samples, int64_t channels, int64_t
 {
     return channel == 1 ? RUN(abs_sum_last, grad, samples * positions, position, channels, sums, threads)
                         : RUN(abs_sum_first, grad, samples, sample, channels, channel, positions, sums, threads);
+}
+
+/* Sums over rows of (rows, channels), of (1 + number, channels): of grad, and of grad · (input − mean) for each input. */
+int ssprop_centered_sums(const float *grad, const float *const *inputs, const float *const *means, int64_t number, int64_t rows,
+                         int64_t channels, float *sums, int threads)
+{
+    return RUN(centered_sums, grad, inputs, means, number, rows, channels, sums, threads);
 }
 
 /* The keep channels of each group with the highest scores, ascending; NaN ranks first, of equal ones the first. */

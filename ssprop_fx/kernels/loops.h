@@ -90,6 +90,62 @@ TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_
     return 0;
 }
 
+/* Sums over the rows of (rows, channels): of grad, and of grad · (input − mean) for each of the inputs, laid out as grad, and the
+   means of its channels. Along memory, the sums in the nearest cache: in single precision for some rows, then in double. */
+TARGET static int NAME(centered_sums)(const float *grad, const float *const *inputs, const float *const *means, int64_t number,
+                                      int64_t rows, int64_t channels, float *sums, int threads)
+{
+    enum { ROWS = 64, WIDTH = 64 };
+    int64_t together = 1; /* rows that are one, as above */
+    while (channels * together < WIDTH && rows >= ROWS * together) together *= 2;
+    int64_t width = channels * together, wide = rows / together, all = (1 + number) * width;
+    size_t own = lines(all);
+    void *whole;
+    double *totals = calloc((size_t)threads * own, sizeof(double));
+    float *memory = aligned(((size_t)threads + 1) * own, &whole), *centers = memory + (size_t)threads * own;
+    if (!totals || !whole) {
+        free(totals), free(whole);
+        return 1;
+    }
+    for (int64_t i = 0; i < number; i++)
+        for (int64_t c = 0; c < width; c++) centers[i * width + c] = means[i][c % channels];
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        double *restrict total = totals + (size_t)thread * own;
+        float *restrict part = memory + (size_t)thread * own;
+        int64_t begin = wide * thread / team, end = wide * (thread + 1) / team;
+        for (int64_t first = begin; first < end; first += ROWS) {
+            int64_t last = first + ROWS < end ? first + ROWS : end;
+            memset(part, 0, (size_t)all * sizeof(float));
+            for (int64_t r = first; r < last; r++) {
+                const float *restrict row = grad + r * width;
+                for (int64_t c = 0; c < width; c++) part[c] += row[c];
+                for (int64_t i = 0; i < number; i++) {
+                    const float *restrict input = inputs[i] + r * width, *restrict center = centers + i * width;
+                    float *restrict to = part + (1 + i) * width;
+                    for (int64_t c = 0; c < width; c++) to[c] += row[c] * (input[c] - center[c]);
+                }
+            }
+            for (int64_t c = 0; c < all; c++) total[c] += part[c];
+        }
+    }
+    for (int64_t at = wide * width; at < rows * channels; at++) {
+        int64_t c = at % channels;
+        totals[c] += grad[at];
+        for (int64_t i = 0; i < number; i++) totals[(1 + i) * width + c] += grad[at] * (inputs[i][at] - means[i][c]);
+    }
+    for (int64_t i = 0; i <= number; i++)
+        for (int64_t c = 0; c < channels; c++) {
+            double sum = 0;
+            for (int64_t thread = 0; thread < threads; thread++)
+                for (int64_t j = c; j < width; j += channels) sum += totals[(size_t)thread * own + i * width + j];
+            sums[i * channels + c] = (float)sum;
+        }
+    free(totals), free(whole);
+    return 0;
+}
+
 /* (rows, channels) -> (rows, kept). */
 TARGET static int NAME(take_last)(const float *restrict values, int64_t rows, int64_t channels, const int64_t *index,
                                   int64_t kept, float *restrict taken, int threads)

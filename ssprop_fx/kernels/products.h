@@ -57,7 +57,8 @@ TARGET static inline void NAME(store)(const NAME(Vector) sums[SIX][2], float *co
             memcpy(to[i], sums[i], (size_t)lanes * sizeof(float));
 }
 
-/* The columns at a run of positions, position by position to_row apart and column by column to_column apart. */
+/* The columns at a run of positions, tap by tap those of all kept channels: position by position to_row apart and column by
+   column to_column apart. Columns that lie side by side are copied as they are: all->grad then has the kept channels alone. */
 TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, int64_t to_row, int64_t to_column)
 {
     const Geometry *geo = all->geometry;
@@ -75,16 +76,24 @@ TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, in
                 int64_t seen = out[2] - output, most = first < run->count ? (run->count - first + s[2] - 1) / s[2] : 0;
                 seen = none || seen < 0 ? 0 : seen < most ? seen : most;
                 int64_t row = geo->grad_sample * run->sample + ((z / s[0] * out[1] + y / s[1]) * out[2] + output) * step;
-                for (int64_t j = 0; j < all->kept; j++) {
-                    float *restrict own = to + (j * all->taps + column) * to_column;
-                    if (s[2] > 1 || seen < run->count) /* somewhere no output reads */
-                        for (int64_t i = 0; i < run->count; i++) own[i * to_row] = 0;
-                    if (!seen) continue;
+                float *own = to + column * all->kept * to_column;
+                if (s[2] > 1 || seen < run->count) /* somewhere no output reads */
+                    for (int64_t j = 0; j < all->kept; j++)
+                        for (int64_t i = 0; i < run->count; i++) own[i * to_row + j * to_column] = 0;
+                if (to_column == 1) {
+                    for (int64_t i = 0; i < seen; i++) {
+                        const float *restrict from = all->grad + row + i * step;
+                        float *restrict at = own + (first + i * s[2]) * to_row;
+                        for (int64_t j = 0; j < all->kept; j++) at[j] = from[j];
+                    }
+                    continue;
+                }
+                for (int64_t j = 0; seen && j < all->kept; j++, own += to_column) {
                     const float *restrict from = all->grad + row + all->index[j] * geo->grad_channel;
-                    if (s[2] == 1 && to_row == 1 && step == 1)
+                    if (s[2] == 1 && step == 1)
                         memcpy(own + first, from, (size_t)seen * sizeof(float));
                     else
-                        for (int64_t i = 0; i < seen; i++) own[(first + i * s[2]) * to_row] = from[i * step];
+                        for (int64_t i = 0; i < seen; i++) own[first + i * s[2]] = from[i * step];
                 }
             }
 }
@@ -108,6 +117,7 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
             for (int64_t r = 0; r < run->count; r++) {
                 const float *restrict from = all->grad + run->grad + r * geo->grad_position;
                 float *restrict to = g + (run->start + r) * step;
+#pragma GCC unroll 8
                 for (int64_t j = 0; j < kept; j++) to[j] = from[all->index[j]];
                 for (int64_t c = all->index[0]; c <= all->index[kept - 1]; c += LINE)
                     __builtin_prefetch(from + count * geo->grad_position + c);
@@ -244,7 +254,7 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
 /* Where in the weight a column and an input channel meet. */
 TARGET static inline int64_t NAME(place)(const Layer *all, int64_t column, int64_t c)
 {
-    int64_t output = all->index[column / all->taps], tap = column % all->taps;
+    int64_t output = all->index[column % all->kept], tap = column / all->kept;
     return output * all->inputs * all->taps + c * all->geometry->weight_input + tap * all->geometry->weight_tap;
 }
 
@@ -299,9 +309,17 @@ TARGET static int NAME(products)(const Layer *all, int threads)
     size_t earlier = ones * strips > FOLDED * threads ? sums : 0, strip = lines((last ? most + SIX : dw_rows + 2) * step);
     size_t floats = sums + earlier + strip + lines(last ? most * LANES : (2 + SIX) * step);
     size_t weights = lines(panels * width * kept);
+    int closer = last && taps > 1; /* the kept channels are copied out once, not for every tap */
     void *whole;
-    float *memory = aligned((size_t)threads * floats + weights, &whole), *w = memory + (size_t)threads * floats;
+    float *memory = aligned((size_t)threads * floats + weights + closer * lines(all->samples * outputs * all->kept), &whole);
+    float *w = memory + (size_t)threads * floats, *taken = w + weights;
     if (!whole) return 1;
+    Geometry packed = *geo;
+    Layer few = *all;
+    if (closer) {
+        packed.grad_sample = outputs * all->kept, packed.grad_position = all->kept, packed.grad_channel = 1;
+        few.grad = taken, few.geometry = &packed;
+    }
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -317,6 +335,13 @@ TARGET static int NAME(products)(const Layer *all, int threads)
                 float *to = w + (panel * kept + j) * width;
                 for (int64_t c = 0; c < width; c++) to[c] = c < lanes ? from[c * geo->weight_input] : 0;
             }
+#pragma omp for schedule(static)
+        for (int64_t output = 0; output < (closer ? all->samples * outputs : 0); output++) {
+            const float *restrict from = all->grad + output / outputs * geo->grad_sample + output % outputs * geo->grad_position;
+            float *restrict to = taken + output * all->kept;
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < all->kept; j++) to[j] = from[all->index[j] * geo->grad_channel];
+        }
         if (all->input_grad && strided && all_in) {
             memset(all->input_grad + all_in * thread / team, 0,
                    (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));
@@ -331,7 +356,7 @@ TARGET static int NAME(products)(const Layer *all, int threads)
             find_runs(all, begin, count, runs);
             float *own = all->weight_grad ? dw : 0, *bias = all->bias_grad ? db : 0;
             if (last)
-                NAME(strip_last)(all, runs, count, w, g, step, x, own, dw_rows, bias);
+                NAME(strip_last)(&few, runs, count, w, g, step, x, own, dw_rows, bias);
             else
                 NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, own, bias);
             if (earlier && ++done % FOLDED == 0) /* or a long sum would lose what is small beside it */
