@@ -130,8 +130,8 @@ def _kept_backward(
     from .backward import kept_backward  # which comes here first
 
     args = ConvArgs(stride, padding, dilation, False, [0] * len(stride), groups)
-    grads = kept_backward(grad, input, weight, index, args, mask)
-    return operators.laid_out(grads, (input, weight, grad.new_empty((grad.shape[1],))))
+    *grads, bias_grad = kept_backward(grad, input, weight, index, args, mask)
+    return *operators.laid_out(grads, (input, weight)), grad.new_empty((0,)) if bias_grad is None else bias_grad
 
 
 def _fake(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -83,7 +83,14 @@ def _plain(tensor: Tensor) -> bool:
 
 def channels_innermost(tensor: Tensor) -> bool:
     """Whether channels are innermost in dense memory: also where there is one position, in either format."""
-    return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+    following, shape, strides = 1, tensor.shape, tensor.stride()
+    if not all(type(size) is int for size in shape):  # a symbol is to be asked as PyTorch asks it
+        return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+    for d in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[d] != 1 and strides[d] != following:
+            return 0 in shape
+        following *= shape[d]
+    return True
 
 
 def steps(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int] | None:
