@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ssprop_fx import centered, native
+from ssprop_fx._compat import memory_order_operator
 
 from ._graphs import call_in_place_of
 from .channels_last_sums import order_of_columns
@@ -108,7 +109,9 @@ def _write(grad: Node, plain: list[Node], products: list[tuple[Node, Node, Node]
     pairs = list(dict.fromkeys((x, mean) for _, x, mean in products))
     with first.graph.inserting_before(first):
         inputs, means = [x for x, _ in pairs], [call_in_place_of(first, _aten.view.default, m, [-1]) for _, m in pairs]
-        sums = call_in_place_of(first, centered.operator, grad, inputs, means)
+        # Inductor may prefer another layout for a gradient that it computes, which the loop could not read
+        there = call_in_place_of(first, memory_order_operator(), grad, list(grad.meta["val"].stride()))
+        sums = call_in_place_of(first, centered.operator, there, inputs, means)
         rows = [call_in_place_of(first, _aten.select.int, sums, 0, i) for i in range(1 + len(pairs))]
     rows_of = dict.fromkeys(plain, rows[0]) | {node: rows[1 + pairs.index((x, mean))] for node, x, mean in products}
     for node, row in rows_of.items():

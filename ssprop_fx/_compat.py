@@ -389,9 +389,14 @@ def with_own_random_numbers(graph_module: torch.fx.GraphModule) -> None:
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, which Inductor is to keep in memory as its strides say, for all of its readers."""
+    return memory_order_operator()(tensor, tensor.stride())
+
+
+def memory_order_operator() -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+    """(tensor, strides) → the tensor, which Inductor is to keep in memory in the order of these strides."""
     from torch._inductor.inductor_prims import force_stride_order
 
-    return force_stride_order(tensor, tensor.stride())
+    return force_stride_order
 
 
 def gradient_format(input: torch.Tensor, weight: torch.Tensor, args: Sequence[Any]) -> torch.memory_format:
