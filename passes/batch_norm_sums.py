@@ -23,7 +23,8 @@ class BatchNormSums(PassBase):
 
     That is what a batch norm's backward pass begins with. In code that Inductor generates for them the sums go down one column
     of channels after the other, and take twice as long as memory needs. Where two norms have one gradient, those of a block's
-    last layer and of its shortcut, one call serves both.
+    last layer and of its shortcut, one call serves both. A gradient that is computed from x, an activation's whose input is
+    made again, stays generated code: to read x for it, and once more for the sums, would cost what is gained.
 
     Requires values in ``meta["val"]``. Leaves everything as it is where the loops in C are not built. Ensures sums that are
     equal up to rounding and that the graph passes lint.
@@ -41,7 +42,7 @@ class BatchNormSums(PassBase):
                 continue
             plain.setdefault(source, []).append(node)
             for grad, other in _factors(source):
-                if (found := _centered(other)) and _alike(grad, found[0], source):
+                if (found := _centered(other)) and _alike(grad, found[0], source) and found[0] not in _read_for(grad):
                     products.setdefault(grad, []).append((node, *found))
                     break
         changed = [_rewrite(grad, plain.get(grad, []), sums, place) for grad, sums in products.items()]
@@ -83,6 +84,18 @@ def _centered(node: Node) -> tuple[Node, Node] | None:
 def _in_memory(node: Node) -> bool:
     """Whether it is there already: an input, or an operator's result that is not fused with its readers."""
     return node.op == "placeholder" or node.target is _aten.convolution.default
+
+
+def _read_for(grad: Node) -> set[Node]:
+    """What the kernel that computes a gradient reads, and all in between."""
+    found: set[Node] = set()
+    computed = [grad]
+    while computed:
+        node = computed.pop()
+        if node.op == "call_function" and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            computed += set(node.all_input_nodes) - found
+            found.update(node.all_input_nodes)
+    return found
 
 
 def _alike(grad: Node, x: Node, product: Node) -> bool:
