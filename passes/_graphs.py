@@ -43,11 +43,16 @@ def attribute(graph_module: GraphModule, node: Node) -> Any:
 def rewrite_calls(graph_module: GraphModule, target: Any, rewrite: Callable[[Node], bool]) -> PassResult:
     """Offer every call of ``target`` to ``rewrite``, which says whether it replaced it."""
     changed = [rewrite(node) for node in graph_module.graph.find_nodes(op="call_function", target=target)]
-    if any(changed):
+    return settled(graph_module, any(changed))
+
+
+def settled(graph_module: GraphModule, changed: bool) -> PassResult:
+    """The result of a pass; a graph that it changed loses what nobody reads, is checked, and gets its code."""
+    if changed:
         graph_module.graph.eliminate_dead_code()
         graph_module.graph.lint()
         graph_module.recompile()
-    return PassResult(graph_module, any(changed))
+    return PassResult(graph_module, changed)
 
 
 def call_in_place_of(replaced: Node, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ssprop_fx import centered, native
 from ssprop_fx._compat import memory_order_operator
 
-from ._graphs import call_in_place_of
+from ._graphs import call_in_place_of, settled
 from .channels_last_sums import order_of_columns
 
 _aten = torch.ops.aten
@@ -46,11 +46,7 @@ class BatchNormSums(PassBase):
                     products.setdefault(grad, []).append((node, *found))
                     break
         changed = [_rewrite(grad, plain.get(grad, []), sums, place) for grad, sums in products.items()]
-        if any(changed):
-            graph_module.graph.eliminate_dead_code()
-            graph_module.graph.lint()
-            graph_module.recompile()
-        return PassResult(graph_module, any(changed))
+        return settled(graph_module, any(changed))
 
 
 def _served(node: Node) -> bool:
@@ -123,8 +119,8 @@ def _write(grad: Node, plain: list[Node], products: list[tuple[Node, Node, Node]
     with first.graph.inserting_before(first):
         inputs, means = [x for x, _ in pairs], [call_in_place_of(first, _aten.view.default, m, [-1]) for _, m in pairs]
         # Inductor may prefer another layout for a gradient that it computes, which the loop could not read
-        there = call_in_place_of(first, memory_order_operator(), grad, list(grad.meta["val"].stride()))
-        sums = call_in_place_of(first, centered.operator, there, inputs, means)
+        ordered = call_in_place_of(first, memory_order_operator(), grad, list(grad.meta["val"].stride()))
+        sums = call_in_place_of(first, centered.operator, ordered, inputs, means)
         rows = [call_in_place_of(first, _aten.select.int, sums, 0, i) for i in range(1 + len(pairs))]
     rows_of = dict.fromkeys(plain, rows[0]) | {node: rows[1 + pairs.index((x, mean))] for node, x, mean in products}
     for node, row in rows_of.items():

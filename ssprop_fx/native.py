@@ -83,9 +83,13 @@ def _plain(tensor: Tensor) -> bool:
 
 def channels_innermost(tensor: Tensor) -> bool:
     """Whether channels are innermost in dense memory: also where there is one position, in either format."""
-    following, shape, strides = 1, tensor.shape, tensor.stride()
-    if not all(type(size) is int for size in shape):  # a symbol is to be asked as PyTorch asks it
+    if not all(type(size) is int for size in tensor.shape):  # a symbol is to be asked as PyTorch asks it
         return tensor.permute(0, *range(2, tensor.dim()), 1).is_contiguous()
+    return _innermost(tensor.shape, tensor.stride())
+
+
+def _innermost(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    following = 1
     for d in (1, *range(len(shape) - 1, 1, -1), 0):
         if shape[d] != 1 and strides[d] != following:
             return 0 in shape
@@ -263,7 +267,7 @@ def _layout(
     input_steps = _dense_steps(torch.empty_strided(input, input_strides, device="meta"))
     if grad_steps is None or input_steps is None:
         return None
-    last = loop != _DIRECT and channels_innermost(torch.empty_strided(weight, weight_strides, device="meta"))
+    last = loop != _DIRECT and _innermost(weight, weight_strides)
     parts: list[Sequence[int]] = [
         *(_three(sizes) for sizes in (input[2:], grad[2:], weight[2:], stride)),
         _three(padding, 0),

@@ -86,6 +86,14 @@ static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
     runs->start = count;
 }
 
+/* Rows of few channels that are worked on as one, or vectors would be mostly empty. */
+static int64_t rows_together(int64_t channels, int64_t rows)
+{
+    int64_t together = 1;
+    while (channels * together < 64 && rows >= 64 * together) together *= 2;
+    return together;
+}
+
 #define SIX 6 /* rows of a product that are computed side by side */
 
 #define JOIN(a, b) a##b

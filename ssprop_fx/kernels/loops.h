@@ -11,9 +11,7 @@ typedef float NAME(Vector) __attribute__((vector_size(BYTES), aligned(sizeof(flo
 TARGET static int NAME(abs_sum_last)(const float *grad, int64_t rows, int64_t apart, int64_t channels, float *sums, int threads)
 {
     enum { ROWS = 256, WIDTH = 8 };
-    /* few channels: several rows are one, or vectors would be mostly empty */
-    int64_t together = 1;
-    while (apart == channels && channels * together < 8 * WIDTH && rows >= 64 * together) together *= 2;
+    int64_t together = apart == channels ? rows_together(channels, rows) : 1;
     int64_t width = channels * together, wide = rows / together, next = apart * together;
     double *totals = calloc((size_t)(threads * width), sizeof(double));
     float *parts = calloc((size_t)(threads * width), sizeof(float));
@@ -95,10 +93,9 @@ TARGET static int NAME(abs_sum_first)(const float *grad, int64_t samples, int64_
 TARGET static int NAME(centered_sums)(const float *grad, const float *const *inputs, const float *const *means, int64_t number,
                                       int64_t rows, int64_t channels, float *sums, int threads)
 {
-    enum { ROWS = 64, WIDTH = 64 };
-    int64_t together = 1; /* rows that are one, as above */
-    while (channels * together < WIDTH && rows >= ROWS * together) together *= 2;
-    int64_t width = channels * together, wide = rows / together, all = (1 + number) * width;
+    enum { ROWS = 64 };
+    int64_t together = rows_together(channels, rows), width = channels * together, wide = rows / together;
+    int64_t all = (1 + number) * width;
     size_t own = lines(all);
     void *whole;
     double *totals = calloc((size_t)threads * own, sizeof(double));
