@@ -34,6 +34,12 @@ _FIRST, _MORE_FIRST, _MOST_FIRST, _MOST_STRIDED = 32 * 1024, 512, 128 * 1024, 44
 _COLUMNS, _COLUMNS_THIN, _COLUMNS_PLAIN = 448, 40, 112
 _FEWEST_COLUMNS, _MORE_COLUMNS, _MOST_COLUMNS = 32 * 1024, 768, 224 * 1024
 
+# The same of strided layers, whose columns are those of the part of the input that most positions of the kernel read: with
+# channels last columns times inputs up to _FEWEST_COLUMNS and _MORE_STRIDED for each position of the output, of few inputs
+# columns; with channels first both, in three dimensions more.
+_MORE_STRIDED, _STRIDED_THIN = 3072, 128
+_STRIDED_FIRST, _STRIDED_FIRST_3D = 4 * 1024, 8 * 1024
+
 
 def loop_backward(
     grad: Tensor, input: Tensor, weight: Tensor, index: Tensor, args: ConvArgs, mask: Sequence[bool], compiling: bool = False
@@ -77,43 +83,60 @@ def _loop(
         return native.direct if last and inputs <= 8 else None
     keep = kept // args.groups
     if taps == 1:
-        fits = all(p == 0 for p in args.padding) and keep * inputs <= (_MOST if last else _most_first(grad, args))
-        return native.products if fits else None
+        return native.products if all(p == 0 for p in args.padding) and _few_channels(grad, weight, keep, args, last) else None
     if args.groups == 1 and not mask[0] and inputs <= 8:  # a network's first layer
         return native.stem if keep >= 8 or not last else None
-    grouped, columns = args.groups > 1, keep * taps
+    grouped, strided = args.groups > 1, any(s > 1 for s in args.stride)
     if grouped and last and inputs <= 8:
         return native.direct
     if grouped and not last and keep % 8 == 0:  # for other numbers the library has no quick way
         return None
-    if any(s > 1 for s in args.stride) or not _all_read(grad, weight, args):
-        return native.direct if grouped and not last and inputs <= 16 else None
-    few = columns <= (_COLUMNS if input.dim() == 5 or (grouped and not last) else _COLUMNS_PLAIN)
-    if last and inputs >= 32:
-        few = (few and input.dim() == 5) or columns * inputs <= _most_columns(input)
-    elif last and input.dim() < 5:  # a vector of inputs is mostly empty
-        few = columns <= _COLUMNS_THIN and inputs >= 16
-    return native.products if few else None
+    read = _all_read(grad, weight, args)
+    if grouped and not last and inputs <= 16 and (strided or not read):
+        return native.direct
+    few = _few_strided_columns if strided else _few_columns
+    return native.products if read and few(grad, input, weight, keep, args, last) else None
 
 
 def _all_read(grad: Tensor, weight: Tensor, args: ConvArgs) -> bool:
-    """Whether an unstrided convolution reads every position of its input; what is not finite elsewhere must not be seen."""
-    parts = zip(grad.shape[2:], weight.shape[2:], args.dilation, strict=True)
-    return all(d == 1 or k == 1 or (isinstance(size, int) and size >= d) for size, k, d in parts)
+    """Whether no position of the input that the loop works on is unread; what is not finite there must not be seen."""
+    parts = zip(grad.shape[2:], weight.shape[2:], args.stride, args.dilation, strict=True)
+    return all(d == 1 or k == 1 or (s == 1 and isinstance(size, int) and size >= d) for size, k, s, d in parts)
 
 
-def _most_columns(input: Tensor) -> int:
-    positions = input.shape[0] * math.prod(input.shape[2:])
-    known = isinstance(positions, int)  # a symbol must not be asked
-    return min(_MOST_COLUMNS, _FEWEST_COLUMNS + _MORE_COLUMNS * positions) if known else _MOST_COLUMNS
-
-
-def _most_first(grad: Tensor, args: ConvArgs) -> int:
+def _few_channels(grad: Tensor, weight: Tensor, keep: int, args: ConvArgs, last: bool) -> bool:
+    products = keep * weight.shape[1]
+    if last:
+        return products <= _MOST
     if any(s > 1 for s in args.stride):
-        return _MOST_STRIDED
-    positions = math.prod(grad.shape[2:])
+        return products <= _MOST_STRIDED
+    return products <= _within(math.prod(grad.shape[2:]), _FIRST, _MORE_FIRST, _MOST_FIRST)
+
+
+def _few_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: ConvArgs, last: bool) -> bool:
+    inputs, columns, solid = weight.shape[1], keep * math.prod(weight.shape[2:]), input.dim() == 5
+    few = columns <= (_COLUMNS if solid or (args.groups > 1 and not last) else _COLUMNS_PLAIN)
+    if last and inputs >= 32:
+        positions = input.shape[0] * math.prod(input.shape[2:])
+        most = _within(positions, _FEWEST_COLUMNS, _MORE_COLUMNS, _MOST_COLUMNS)
+        return (few and solid) or columns * inputs <= most
+    if last and not solid:  # a vector of inputs is mostly empty
+        return columns <= _COLUMNS_THIN and inputs >= 16
+    return few
+
+
+def _few_strided_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: ConvArgs, last: bool) -> bool:
+    inputs, read = weight.shape[1], [-(-k // s) for k, s in zip(weight.shape[2:], args.stride, strict=True)]
+    columns = keep * math.prod(read)
+    if last:
+        most = _within(grad.shape[0] * math.prod(grad.shape[2:]), _FEWEST_COLUMNS, _MORE_STRIDED, _MOST_STRIDED)
+        return inputs >= 8 and columns * inputs <= most and (inputs >= 16 or columns <= _STRIDED_THIN)
+    return columns <= _STRIDED_THIN and columns * inputs <= (_STRIDED_FIRST_3D if input.dim() == 5 else _STRIDED_FIRST)
+
+
+def _within(positions: int, fewest: int, more: int, most: int) -> int:
     known = isinstance(positions, int)  # a symbol must not be asked
-    return min(_MOST_FIRST, _FIRST + _MORE_FIRST * positions) if known else _MOST_FIRST
+    return min(most, fewest + more * positions) if known else most
 
 
 def _kept_backward(

@@ -269,6 +269,8 @@ GRADIENTS = {
         ("products", 20, 36, 1, 7, 1, 2, SOME),
         ("products", 36, 40, 2, 3, 1, 1, SOME),
         ("products", 20, 40, 1, 19, 3, 1, SOME),
+        ("products", 20, 40, 1, 19, 3, 2, SOME),
+        ("products", 20, 12, 2, 2, 3, 2, SOME),
         ("products", 36, 12, 2, 1, 3, 1, SOME),
         ("direct", 24, 24, 24, 1, 3, 1, SOME),
         ("direct", 24, 12, 6, 1, 3, 2, SOME),
@@ -319,6 +321,7 @@ MODULES = {
     "pointwise, strided": nn.Conv2d(8, 40, 1, 2),
     "3x3": nn.Conv2d(8, 40, 3),
     "few kept": nn.Conv2d(64, 9, 3, padding=1),
+    "few kept, strided": nn.Conv2d(64, 9, 3, 2),
     "grouped": nn.Conv2d(32, 48, 3, padding=1, groups=4),
 }
 
@@ -351,11 +354,15 @@ def test_which_loop_runs(arrange, monkeypatch):
     assert loops(nn.Conv2d(64, 3, 3, padding=2), 1, 1, keep=1) == ["products"]
     for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 64, 3), 56), (nn.Conv2d(32, 64, 5), 8)]:
         assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
+    assert loops(nn.Conv2d(64, 64, 3, stride=2), 9, 9, keep=16) == ["products"]
+    for module, keep in [(nn.Conv2d(64, 64, 3, stride=2), 32), (nn.Conv2d(512, 64, 3, stride=2), 48)]:
+        assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
     assert loops(nn.Conv2d(512, 64, 3), 16, 16, keep=48) == ["products"] * (arrange is last)
     for module, keep in [
         (nn.Conv2d(512, 64, 3), 48),  # too few positions
         (nn.Conv2d(24, 64, 3), 16),
-        (nn.Conv2d(64, 3, 3, stride=2), 1),
+        (nn.Conv2d(64, 3, 3, stride=2, dilation=2), 1),
+        (nn.Conv2d(512, 512, 3, stride=2), 208),
         (nn.Conv2d(16, 16, 1, padding=1), 4),
         (nn.Conv2d(1024, 1024, 1), 200),
     ]:
@@ -442,6 +449,9 @@ def test_a_gradient_that_is_zero_by_its_kind(module):
         (nn.Conv2d(32, 12, 3, stride=2, groups=2), 3, (8, 8), 7),
         (nn.Conv2d(64, 12, 2, dilation=3), 3, (5, 5), 2),
         (nn.Conv2d(16, 12, 1, stride=2), 3, (8, 8), 7),
+        (nn.Conv2d(64, 12, 3, stride=2), 3, (8, 8), 7),
+        (nn.Conv2d(16, 12, 2, stride=3), 3, (8, 8), 5),
+        (nn.Conv2d(16, 12, 2, stride=(4, 1), padding=(1, 0)), 3, (8, 8), 6),
         (nn.Conv2d(3, 12, 3, stride=2), 8, (8, 8), 7),
     ],
 )
@@ -454,6 +464,7 @@ def test_what_no_output_reads_may_be_anything(module, keep, sizes, unread, arran
     with torch.no_grad():
         grads = sparse_backward(grad, x, weight, None, args, (module.in_channels > 3, True, True), keep, "l1")
     assert all(g is None or g.isfinite().all() for g in grads)
+    assert grads[0] is None or not grads[0][:, :, unread].any()
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])

@@ -31,7 +31,10 @@ typedef struct {
     const Geometry *geometry;
     float *input_grad, *weight_grad, *bias_grad;
     int64_t taps, sample_input; /* of the kernel; elements of a sample */
-    int clears; /* input_grad is to become zeros where nothing is written */
+    /* of products: how far apart neighbouring places of the input are along each dimension, and of the weight its outputs, and
+       neighbouring taps along each dimension; whether they are products of columns, and grad has the kept channels alone */
+    int64_t apart[3], weight_output, tap[3];
+    int columns, taken;
 } Layer;
 
 /* An output channel and an input channel that it reads, and which of the weight's kernels stands between them. */
@@ -50,7 +53,7 @@ static float *aligned(size_t floats, void **whole)
     return (float *)(((uintptr_t)*whole + 63) / 64 * 64);
 }
 
-/* Neighbouring positions of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where
+/* Neighbouring places of the outputs of a 1×1 convolution, of the input of others: which of a strip's they are, and where
    the first of them stands: in grad and input, or in which sample and at which place of the input. */
 typedef struct {
     int64_t start, count, grad, input, sample, place[3];
@@ -66,21 +69,19 @@ typedef struct {
 static void find_runs(const Layer *all, int64_t first, int64_t count, Run *runs)
 {
     const Geometry *geo = all->geometry;
-    const int64_t *in = geo->in, *out = geo->out, *s = geo->stride;
-    int64_t outputs = out[0] * out[1] * out[2], inputs = in[0] * in[1] * in[2], done = 0;
-    int one = all->taps == 1, strided = one && (s[0] > 1 || s[1] > 1 || s[2] > 1), last = geo->input_channel == 1;
-    int64_t positions = one ? outputs : inputs;
-    int even = last && geo->grad_sample == outputs * geo->grad_position; /* all samples' positions are one row */
-    int64_t width = !one ? in[2] : strided ? out[2] : even ? all->samples * outputs : outputs;
+    const int64_t *grid = all->columns ? geo->in : geo->out, *apart = all->apart;
+    int64_t positions = grid[0] * grid[1] * grid[2], done = 0;
+    int plain = !all->columns && geo->stride[0] == 1 && geo->stride[1] == 1 && geo->stride[2] == 1;
+    /* all samples' positions are one row */
+    int even = plain && geo->input_channel == 1 && geo->grad_sample == positions * geo->grad_position;
+    int64_t width = even ? all->samples * positions : plain ? positions : grid[2];
     while (done < count) {
         int64_t sample = (first + done) / positions, p = (first + done) % positions, rest = width - (first + done) % width;
-        int64_t z = p / (out[1] * out[2]) * s[0], y = p / out[2] % out[1] * s[1], x = p % out[2] * s[2];
-        int64_t seen = strided ? (z * in[1] + y) * in[2] + x : p;
+        int64_t z = p / (grid[1] * grid[2]), y = p / grid[2] % grid[1], x = p % grid[2];
         runs->start = done, runs->count = rest < count - done ? rest : count - done;
         runs->grad = sample * geo->grad_sample + p * geo->grad_position;
-        runs->input = sample * all->sample_input + seen * geo->input_position;
-        runs->sample = sample;
-        runs->place[0] = seen / (in[1] * in[2]), runs->place[1] = seen / in[2] % in[1], runs->place[2] = seen % in[2];
+        runs->input = sample * all->sample_input + z * apart[0] + y * apart[1] + x * apart[2];
+        runs->sample = sample, runs->place[0] = z, runs->place[1] = y, runs->place[2] = x;
         done += runs++->count;
     }
     runs->start = count;
@@ -218,16 +219,97 @@ static int direct(const Layer *all, int threads)
     return failed;
 }
 
-static int products(Layer all, int threads) /* group by group */
+static void clear(float *values, int64_t count, int threads)
 {
-    int64_t kept = all.kept / all.groups, inputs = all.inputs / all.groups, step = inputs * all.geometry->input_channel;
-    all.kept = kept, all.inputs = inputs;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads(), first = count * thread / team;
+        memset(values + first, 0, (size_t)(count * (thread + 1) / team - first) * sizeof(float));
+    }
+}
+
+static int group_by_group(Layer all, int threads)
+{
+    int64_t step = all.inputs * all.geometry->input_channel;
     for (int64_t group = 0; group < all.groups; group++) {
-        all.clears = !group;
         if (RUN(products, &all, threads)) return 1;
-        all.index += kept, all.input += step, all.input_grad = all.input_grad ? all.input_grad + step : 0;
+        all.index += all.kept, all.input += step, all.input_grad = all.input_grad ? all.input_grad + step : 0;
+        if (all.taken) all.grad += all.kept;
     }
     return 0;
+}
+
+/* Along one dimension, the convolution of every stride-th place of the input from the one at remainder on, an unstrided one of
+   those taps that read there. Returns the first of these taps, or -1 if there is none; step becomes how many taps on the next is. */
+static int64_t part_of(Geometry *geo, int i, int64_t remainder, int64_t *step)
+{
+    int64_t s = geo->stride[i], p = geo->padding[i], d = geo->dilation[i], k = geo->kernel[i], first = 0;
+    for (*step = 1; *step * d % s; ++*step) {}
+    while (first < k && (remainder + p - first * d) % s) first++;
+    if (first == k) return -1;
+    geo->kernel[i] = (k - first + *step - 1) / *step;
+    geo->padding[i] = (remainder + p - first * d) / s;
+    geo->dilation[i] = *step * d / s;
+    geo->stride[i] = 1;
+    /* what no output reads any more is left out: it need not be finite */
+    int64_t places = (geo->in[i] - remainder + s - 1) / s;
+    int64_t read = geo->out[i] - geo->padding[i] + (geo->kernel[i] - 1) * geo->dilation[i];
+    geo->in[i] = places < read ? places : read;
+    return geo->in[i] > 0 ? first : -1;
+}
+
+static int products(Layer all, int threads)
+{
+    const Geometry *geo = all.geometry;
+    const int64_t *in = geo->in, *s = geo->stride, *k = geo->kernel;
+    int64_t steps[3] = {in[1] * in[2] * geo->input_position, in[2] * geo->input_position, geo->input_position};
+    int64_t taps[3] = {k[1] * k[2] * geo->weight_tap, k[2] * geo->weight_tap, geo->weight_tap};
+    int64_t kept = all.kept, outputs = geo->out[0] * geo->out[1] * geo->out[2], at[3], step, first, read = 1;
+    int failed = 0;
+    for (int i = 0; i < 3; i++) {
+        int64_t places = 0; /* that some output reads */
+        for (at[i] = 0; at[i] < s[i]; at[i]++) {
+            Geometry part = *geo;
+            places += part_of(&part, i, at[i], &step) < 0 ? 0 : part.in[i];
+        }
+        all.apart[i] = steps[i] * s[i], read *= places;
+    }
+    if (all.input_grad && read < in[0] * in[1] * in[2]) clear(all.input_grad, all.samples * all.sample_input, threads);
+    all.columns = all.taps > 1, all.weight_output = all.inputs / all.groups * all.taps;
+    if (!all.columns) {
+        all.kept /= all.groups, all.inputs /= all.groups;
+        return group_by_group(all, threads);
+    }
+    void *whole = 0;
+    all.taken = geo->input_channel == 1; /* the kept channels are copied out once, not for every tap */
+    float *taken = all.taken ? aligned((size_t)(all.samples * outputs * kept), &whole) : 0;
+    if (all.taken && !whole) return 1;
+    RUN(prepare, &all, taken, threads);
+    all.kept /= all.groups, all.inputs /= all.groups, all.bias_grad = 0;
+    Geometry packed = *geo;
+    if (all.taken) {
+        all.grad = taken;
+        packed.grad_sample = outputs * kept, packed.grad_position = kept, packed.grad_channel = 1;
+    }
+    for (at[0] = 0; at[0] < s[0]; at[0]++)
+        for (at[1] = 0; at[1] < s[1]; at[1]++)
+            for (at[2] = 0; at[2] < s[2] && !failed; at[2]++) {
+                Geometry part_geometry = packed;
+                Layer part = all;
+                int64_t place = 0, tap = 0, none = 0;
+                for (int i = 0; i < 3; i++) {
+                    first = part_of(&part_geometry, i, at[i], &step);
+                    none = none || first < 0, place += at[i] * steps[i], tap += first * taps[i], part.tap[i] = step * taps[i];
+                }
+                if (none) continue;
+                part.geometry = &part_geometry, part.input += place, part.weight += tap;
+                part.taps = part_geometry.kernel[0] * part_geometry.kernel[1] * part_geometry.kernel[2];
+                if (part.input_grad) part.input_grad += place;
+                if (part.weight_grad) part.weight_grad += tap;
+                failed = group_by_group(part, threads);
+            }
+    free(whole);
+    return failed;
 }
 
 /* Gradients of a convolution from some of its output channels, by one of three loops; see Layer for the arguments. */
@@ -241,7 +323,7 @@ int ssprop_gradients(int loop, const float *grad, const float *input, const floa
         .grad = grad, .input = input, .weight = weight, .index = index, .geometry = geometry,
         .kept = kept, .samples = samples, .channels = channels, .inputs = inputs, .groups = groups,
         .input_grad = input_grad, .weight_grad = weight_grad, .bias_grad = bias_grad,
-        .taps = k[0] * k[1] * k[2], .sample_input = inputs * in[0] * in[1] * in[2], .clears = 1,
+        .taps = k[0] * k[1] * k[2], .sample_input = inputs * in[0] * in[1] * in[2],
     };
     return loop == DIRECT ? direct(&all, threads) : loop == STEM ? RUN(stem, &all, threads) : products(all, threads);
 }

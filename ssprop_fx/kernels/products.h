@@ -3,7 +3,7 @@
 
    A column is a kept channel at one tap of the kernel. What a kept channel's gradient does to the input at a position, it does
    from as many places as the kernel has taps: a convolution of few kept channels is one of 1×1 from these columns, over the
-   positions of the input. */
+   positions of the input. Of a strided one, each part of its input (see kernels.c) is such a convolution. */
 
 /* sums[i] = Σ a[i][n · a_step] · b[n · b_step + lane], of SIX rows and LANES lanes: as many sums as keep the multipliers busy
    and the registers hold. */
@@ -62,38 +62,37 @@ TARGET static inline void NAME(store)(const NAME(Vector) sums[SIX][2], float *co
 TARGET static void NAME(columns)(const Layer *all, const Run *run, float *to, int64_t to_row, int64_t to_column)
 {
     const Geometry *geo = all->geometry;
-    const int64_t *out = geo->out, *k = geo->kernel, *s = geo->stride, *p = geo->padding, *d = geo->dilation;
+    const int64_t *out = geo->out, *k = geo->kernel, *p = geo->padding, *d = geo->dilation;
     int64_t step = geo->grad_position, column = 0;
     for (int64_t a = 0; a < k[0]; a++)
         for (int64_t b = 0; b < k[1]; b++)
             for (int64_t c = 0; c < k[2]; c++, column++) {
-                /* the output that reads the run's first position at this tap, times its stride */
+                /* the output that reads the run's first position at this tap */
                 int64_t z = run->place[0] + p[0] - a * d[0], y = run->place[1] + p[1] - b * d[1];
                 int64_t x = run->place[2] + p[2] - c * d[2];
-                int none = z < 0 || z % s[0] || z / s[0] >= out[0] || y < 0 || y % s[1] || y / s[1] >= out[1];
-                /* positions first, first + s, … of the run are read by neighbouring outputs, from the given one on */
-                int64_t output = x > 0 ? (x + s[2] - 1) / s[2] : 0, first = output * s[2] - x;
-                int64_t seen = out[2] - output, most = first < run->count ? (run->count - first + s[2] - 1) / s[2] : 0;
-                seen = none || seen < 0 ? 0 : seen < most ? seen : most;
-                int64_t row = geo->grad_sample * run->sample + ((z / s[0] * out[1] + y / s[1]) * out[2] + output) * step;
+                int none = z < 0 || z >= out[0] || y < 0 || y >= out[1];
+                /* from the run's position first on, up to seen neighbouring outputs */
+                int64_t output = x > 0 ? x : 0, first = output - x, seen = out[2] - output, most = run->count - first;
+                seen = none || seen < 0 || most < 0 ? 0 : seen < most ? seen : most;
+                int64_t row = geo->grad_sample * run->sample + ((z * out[1] + y) * out[2] + output) * step;
                 float *own = to + column * all->kept * to_column;
-                if (s[2] > 1 || seen < run->count) /* somewhere no output reads */
+                if (seen < run->count) /* somewhere no output reads */
                     for (int64_t j = 0; j < all->kept; j++)
                         for (int64_t i = 0; i < run->count; i++) own[i * to_row + j * to_column] = 0;
                 if (to_column == 1) {
                     for (int64_t i = 0; i < seen; i++) {
                         const float *restrict from = all->grad + row + i * step;
-                        float *restrict at = own + (first + i * s[2]) * to_row;
+                        float *restrict at = own + (first + i) * to_row;
                         for (int64_t j = 0; j < all->kept; j++) at[j] = from[j];
                     }
                     continue;
                 }
                 for (int64_t j = 0; seen && j < all->kept; j++, own += to_column) {
                     const float *restrict from = all->grad + row + all->index[j] * geo->grad_channel;
-                    if (s[2] == 1 && step == 1)
+                    if (step == 1)
                         memcpy(own + first, from, (size_t)seen * sizeof(float));
                     else
-                        for (int64_t i = 0; i < seen; i++) own[first + i * s[2]] = from[i * step];
+                        for (int64_t i = 0; i < seen; i++) own[first + i] = from[i * step];
                 }
             }
 }
@@ -106,12 +105,12 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
 {
     const Geometry *geo = all->geometry;
     int64_t inputs = all->inputs, kept = all->kept * all->taps, at[ROWS_LAST];
-    int64_t apart = (all->taps > 1 ? 1 : geo->stride[2]) * geo->input_position, next = count * apart;
+    int64_t apart = all->apart[2], next = count * apart;
     int even = 1; /* the input's rows are equally far apart, and are read as they lie */
     for (const Run *run = runs; run->start < count; run++) {
         for (int64_t r = 0; r < run->count; r++) at[run->start + r] = run->input + r * apart;
         even = even && run->input - runs->input == run->start * apart;
-        if (all->taps > 1)
+        if (all->columns)
             NAME(columns)(all, run, g + run->start * step, step, 1);
         else if (geo->grad_channel == 1)
             for (int64_t r = 0; r < run->count; r++) {
@@ -129,7 +128,7 @@ TARGET static void NAME(strip_last)(const Layer *all, const Run *runs, int64_t c
                 for (int64_t r = 0; r < run->count; r++) to[r * step] = from[r * geo->grad_position];
             }
     }
-    for (int64_t first = 0; db && all->taps == 1 && first < kept; first += 64) {
+    for (int64_t first = 0; db && first < kept; first += 64) {
         float parts[64] = {0}; /* of the strip: a sum over all positions would lose what is small beside it */
         int64_t some = kept - first < 64 ? kept - first : 64;
         for (int64_t r = 0; r < count; r++)
@@ -181,14 +180,14 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
                                      float *x, float *dx, float *dw, float *db)
 {
     const Geometry *geo = all->geometry;
-    int64_t inputs = all->inputs, kept = all->kept * all->taps, apart = all->taps > 1 ? 1 : geo->stride[2];
+    int64_t inputs = all->inputs, kept = all->kept * all->taps, apart = all->apart[2];
     const Run *end = runs;
     while (end->start + end->count < count) end++;
     /* one stretch of memory */
     int whole = apart == 1 && end->input - runs->input == end->start && end->sample == runs->sample;
-    for (const Run *run = runs; all->taps > 1 && run->start < count; run++) NAME(columns)(all, run, g + run->start, 1, step);
+    for (const Run *run = runs; all->columns && run->start < count; run++) NAME(columns)(all, run, g + run->start, 1, step);
     int64_t position = geo->grad_position, some = position == 1 ? count : LINE; /* of a row of channels each cache line once */
-    for (const Run *run = runs; all->taps == 1 && run->start < count; run++)
+    for (const Run *run = runs; !all->columns && run->start < count; run++)
         for (int64_t first = 0; first < run->count; first += some)
             for (int64_t j = 0; j < kept; j++) {
                 const float *restrict from = all->grad + run->grad + all->index[j] * geo->grad_channel + first * position;
@@ -197,7 +196,7 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
                 if (position == 1) memcpy(to, from, (size_t)most * sizeof(float));
                 for (int64_t p = 0; position != 1 && p < most; p++) to[p] = from[p * position];
             }
-    for (int64_t j = 0; db && all->taps == 1 && j < kept; j++) {
+    for (int64_t j = 0; db && j < kept; j++) {
         enum { WIDTH = 16 };
         float lanes[WIDTH] = {0}, sum = 0;
         int64_t p = 0;
@@ -254,8 +253,10 @@ TARGET static void NAME(strip_first)(const Layer *all, const Run *runs, int64_t 
 /* Where in the weight a column and an input channel meet. */
 TARGET static inline int64_t NAME(place)(const Layer *all, int64_t column, int64_t c)
 {
+    const int64_t *k = all->geometry->kernel, *step = all->tap;
     int64_t output = all->index[column % all->kept], tap = column / all->kept;
-    return output * all->inputs * all->taps + c * all->geometry->weight_input + tap * all->geometry->weight_tap;
+    int64_t at = tap / (k[1] * k[2]) * step[0] + tap / k[2] % k[1] * step[1] + tap % k[2] * step[2];
+    return output * all->weight_output + c * all->geometry->weight_input + at;
 }
 
 /* A sum of all threads, each floats after the one before, and of their earlier strips, if those stand apart. */
@@ -285,15 +286,37 @@ TARGET static void NAME(bias)(const Layer *all, const int64_t *index, int count)
     for (int j = 0; j < count; j++) all->bias_grad[index[j]] = (float)sums[j];
 }
 
+/* What columns are made of: the bias's gradient, if asked for, and the gradient's kept channels, position by position, if there
+   is memory for them. */
+TARGET static void NAME(prepare)(const Layer *all, float *taken, int threads)
+{
+    const Geometry *geo = all->geometry;
+    int64_t outputs = geo->out[0] * geo->out[1] * geo->out[2];
+    /* some channels a task, so that there is one for every thread */
+    int64_t each = (all->kept + threads - 1) / threads, some = each < LANES ? each : LANES;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t output = 0; output < (taken ? all->samples * outputs : 0); output++) {
+            const float *restrict from = all->grad + output / outputs * geo->grad_sample + output % outputs * geo->grad_position;
+            float *restrict to = taken + output * all->kept;
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < all->kept; j++) to[j] = from[all->index[j] * geo->grad_channel];
+        }
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < (all->bias_grad ? all->kept : 0); first += some)
+            NAME(bias)(all, all->index + first, (int)(all->kept - first < some ? all->kept - first : some));
+    }
+}
+
 /* Gradients of a convolution of one group, or of one of several, from its kept channels; see Layer for the arguments. */
 TARGET static int NAME(products)(const Layer *all, int threads)
 {
     const Geometry *geo = all->geometry;
     int last = geo->input_channel == 1;
     int64_t taps = all->taps, kept = all->kept * taps, inputs = all->inputs, most = last ? ROWS_LAST : ROWS_FIRST;
-    int64_t seen = geo->in[0] * geo->in[1] * geo->in[2], all_in = all->clears ? all->samples * all->sample_input : 0;
-    int64_t outputs = geo->out[0] * geo->out[1] * geo->out[2], positions = taps > 1 ? seen : outputs;
-    int strided = taps == 1 && (geo->stride[0] > 1 || geo->stride[1] > 1 || geo->stride[2] > 1);
+    const int64_t *grid = all->columns ? geo->in : geo->out;
+    int64_t positions = grid[0] * grid[1] * grid[2];
     /* strips of equal length, enough for all threads: of one sample, if channels come first and it has positions enough */
     int64_t one = last || 2 * positions <= most ? all->samples * positions : positions, ones = all->samples * positions / one;
     int64_t strips = (one + most - 1) / most, fewest = (threads + ones - 1) / ones;
@@ -309,17 +332,9 @@ TARGET static int NAME(products)(const Layer *all, int threads)
     size_t earlier = ones * strips > FOLDED * threads ? sums : 0, strip = lines((last ? most + SIX : dw_rows + 2) * step);
     size_t floats = sums + earlier + strip + lines(last ? most * LANES : (2 + SIX) * step);
     size_t weights = lines(panels * width * kept);
-    int closer = last && taps > 1; /* the kept channels are copied out once, not for every tap */
     void *whole;
-    float *memory = aligned((size_t)threads * floats + weights + closer * lines(all->samples * outputs * all->kept), &whole);
-    float *w = memory + (size_t)threads * floats, *taken = w + weights;
+    float *memory = aligned((size_t)threads * floats + weights, &whole), *w = memory + (size_t)threads * floats;
     if (!whole) return 1;
-    Geometry packed = *geo;
-    Layer few = *all;
-    if (closer) {
-        packed.grad_sample = outputs * all->kept, packed.grad_position = all->kept, packed.grad_channel = 1;
-        few.grad = taken, few.geometry = &packed;
-    }
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -335,18 +350,6 @@ TARGET static int NAME(products)(const Layer *all, int threads)
                 float *to = w + (panel * kept + j) * width;
                 for (int64_t c = 0; c < width; c++) to[c] = c < lanes ? from[c * geo->weight_input] : 0;
             }
-#pragma omp for schedule(static)
-        for (int64_t output = 0; output < (closer ? all->samples * outputs : 0); output++) {
-            const float *restrict from = all->grad + output / outputs * geo->grad_sample + output % outputs * geo->grad_position;
-            float *restrict to = taken + output * all->kept;
-#pragma GCC unroll 8
-            for (int64_t j = 0; j < all->kept; j++) to[j] = from[all->index[j] * geo->grad_channel];
-        }
-        if (all->input_grad && strided && all_in) {
-            memset(all->input_grad + all_in * thread / team, 0,
-                   (size_t)(all_in * (thread + 1) / team - all_in * thread / team) * sizeof(float));
-#pragma omp barrier
-        }
         Run runs[ROWS_FIRST + 1];
         int64_t done = 0;
 #pragma omp for schedule(static)
@@ -356,7 +359,7 @@ TARGET static int NAME(products)(const Layer *all, int threads)
             find_runs(all, begin, count, runs);
             float *own = all->weight_grad ? dw : 0, *bias = all->bias_grad ? db : 0;
             if (last)
-                NAME(strip_last)(&few, runs, count, w, g, step, x, own, dw_rows, bias);
+                NAME(strip_last)(all, runs, count, w, g, step, x, own, dw_rows, bias);
             else
                 NAME(strip_first)(all, runs, count, w, g, step, x, x + 2 * step, own, bias);
             if (earlier && ++done % FOLDED == 0) /* or a long sum would lose what is small beside it */
@@ -370,14 +373,9 @@ TARGET static int NAME(products)(const Layer *all, int threads)
                 for (int64_t lane = 0; lane < LANES && c + lane < inputs; lane++)
                     to[lane * geo->weight_input] = (float)NAME(total)(own + lane, threads, floats, earlier);
             }
-            if (!all->bias_grad || taps > 1) continue;
+            if (!all->bias_grad) continue;
             all->bias_grad[all->index[j]] = (float)NAME(total)(memory + weight_sums + j, threads, floats, earlier);
         }
-        /* some channels a task, so that there is one for every thread */
-        int64_t each = (all->kept + threads - 1) / threads, some = each < LANES ? each : LANES;
-#pragma omp for schedule(static)
-        for (int64_t first = 0; first < (all->bias_grad && taps > 1 ? all->kept : 0); first += some)
-            NAME(bias)(all, all->index + first, (int)(all->kept - first < some ? all->kept - first : some));
     }
     free(whole);
     return 0;
