@@ -36,9 +36,11 @@ _FEWEST_COLUMNS, _MORE_COLUMNS, _MOST_COLUMNS = 32 * 1024, 768, 224 * 1024
 
 # The same of strided layers, whose columns are those of the part of the input that most positions of the kernel read: with
 # channels last columns times inputs up to _FEWEST_COLUMNS and _MORE_STRIDED for each position of the output, of few inputs
-# columns; with channels first both, in three dimensions more.
+# columns; with channels first both, in three dimensions more. So many parts each cost a start; with channels first and several
+# dimensions the parts' rows are scattered in memory, too.
 _MORE_STRIDED, _STRIDED_THIN = 3072, 128
 _STRIDED_FIRST, _STRIDED_FIRST_3D = 4 * 1024, 8 * 1024
+_PARTS_LAST, _PARTS_ROW, _PARTS_FIRST = 64, 32, 8
 
 
 def loop_backward(
@@ -127,7 +129,9 @@ def _few_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: C
 
 def _few_strided_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: ConvArgs, last: bool) -> bool:
     inputs, read = weight.shape[1], [-(-k // s) for k, s in zip(weight.shape[2:], args.stride, strict=True)]
-    columns = keep * math.prod(read)
+    columns, parts = keep * math.prod(read), math.prod(args.stride)
+    if parts > (_PARTS_LAST if last else _PARTS_ROW if input.dim() == 3 else _PARTS_FIRST):
+        return False
     if last:
         most = _within(grad.shape[0] * math.prod(grad.shape[2:]), _FEWEST_COLUMNS, _MORE_STRIDED, _MOST_STRIDED)
         return inputs >= 8 and columns * inputs <= most and (inputs >= 16 or columns <= _STRIDED_THIN)

@@ -355,7 +355,11 @@ def test_which_loop_runs(arrange, monkeypatch):
     for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 64, 3), 56), (nn.Conv2d(32, 64, 5), 8)]:
         assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
     assert loops(nn.Conv2d(64, 64, 3, stride=2), 9, 9, keep=16) == ["products"]
-    for module, keep in [(nn.Conv2d(64, 64, 3, stride=2), 32), (nn.Conv2d(512, 64, 3, stride=2), 48)]:
+    for module, keep in [
+        (nn.Conv2d(64, 64, 3, stride=2), 32),
+        (nn.Conv2d(64, 64, 4, stride=4), 16),
+        (nn.Conv2d(512, 64, 3, stride=2), 48),
+    ]:
         assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
     assert loops(nn.Conv2d(512, 64, 3), 16, 16, keep=48) == ["products"] * (arrange is last)
     for module, keep in [
@@ -363,6 +367,7 @@ def test_which_loop_runs(arrange, monkeypatch):
         (nn.Conv2d(24, 64, 3), 16),
         (nn.Conv2d(64, 3, 3, stride=2, dilation=2), 1),
         (nn.Conv2d(512, 512, 3, stride=2), 208),
+        (nn.Conv2d(16, 16, 9, stride=9), 4),
         (nn.Conv2d(16, 16, 1, padding=1), 4),
         (nn.Conv2d(1024, 1024, 1), 200),
     ]:
