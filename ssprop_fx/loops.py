@@ -34,10 +34,11 @@ _FIRST, _MORE_FIRST, _MOST_FIRST, _MOST_STRIDED = 32 * 1024, 512, 128 * 1024, 44
 _COLUMNS, _COLUMNS_THIN, _COLUMNS_PLAIN = 448, 40, 112
 _FEWEST_COLUMNS, _MORE_COLUMNS, _MOST_COLUMNS = 32 * 1024, 768, 224 * 1024
 
-# The same of strided layers, whose columns are those of the part of the input that most positions of the kernel read: with
-# channels last columns times inputs up to _FEWEST_COLUMNS and _MORE_STRIDED for each position of the output, of few inputs
-# columns; with channels first both, in three dimensions more. So many parts each cost a start; with channels first and several
-# dimensions the parts' rows are scattered in memory, too.
+# The same of strided layers, whose columns are those of the part of the input that most positions of the kernel read. With
+# channels last, from _FEWEST_STRIDED inputs on, columns times inputs up to _FEWEST_COLUMNS and _MORE_STRIDED for each position
+# of the output, but up to _MOST_STRIDED, and of fewer than 16 inputs also columns; with channels first both, in three
+# dimensions more. Every part costs a start; with channels first and several dimensions its rows are scattered in memory, too.
+_FEWEST_STRIDED = 8
 _MORE_STRIDED, _STRIDED_THIN = 3072, 128
 _STRIDED_FIRST, _STRIDED_FIRST_3D = 4 * 1024, 8 * 1024
 _PARTS_LAST, _PARTS_ROW, _PARTS_FIRST = 64, 32, 8
@@ -128,13 +129,15 @@ def _few_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: C
 
 
 def _few_strided_columns(grad: Tensor, input: Tensor, weight: Tensor, keep: int, args: ConvArgs, last: bool) -> bool:
+    if not all(isinstance(s, int) for s in args.stride):  # a symbol must not be asked
+        return False
     inputs, read = weight.shape[1], [-(-k // s) for k, s in zip(weight.shape[2:], args.stride, strict=True)]
     columns, parts = keep * math.prod(read), math.prod(args.stride)
     if parts > (_PARTS_LAST if last else _PARTS_ROW if input.dim() == 3 else _PARTS_FIRST):
         return False
     if last:
         most = _within(grad.shape[0] * math.prod(grad.shape[2:]), _FEWEST_COLUMNS, _MORE_STRIDED, _MOST_STRIDED)
-        return inputs >= 8 and columns * inputs <= most and (inputs >= 16 or columns <= _STRIDED_THIN)
+        return inputs >= _FEWEST_STRIDED and columns * inputs <= most and (inputs >= 16 or columns <= _STRIDED_THIN)
     return columns <= _STRIDED_THIN and columns * inputs <= (_STRIDED_FIRST_3D if input.dim() == 5 else _STRIDED_FIRST)
 
 

@@ -24,7 +24,7 @@ from .dense import Gradients
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6  # of the functions' arguments, as in kernels.c
+VERSION = 7  # of what the functions take and can do, as in kernels.c
 
 _LEAST = 1 << 15  # elements of a thread: fewer take less time than waking it
 

@@ -238,6 +238,39 @@ def test_gradients_of_few_kept_channels(inputs, outputs, groups, keep, arrangeme
             check(native.products, *given, some(outputs, groups, keep), args, SOME)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "stride", "padding", "dilation"),
+    [
+        ((9,), (2,), (5,), (0,), (1,)),
+        ((23,), (5,), (3,), (4,), (2,)),
+        ((10, 9), (2, 3), (3, 2), (0, 1), (1, 1)),
+        ((7, 8), (1, 3), (2, 1), (0, 1), (1, 2)),
+        ((4, 7), (2, 2), (5, 3), (1, 0), (1, 1)),
+        ((9, 11), (3, 2), (2, 1), (3, 0), (1, 2)),
+        ((6, 5, 9), (1, 3, 2), (3, 2, 1), (0, 2, 1), (1, 1, 2)),
+        ((5, 9, 7), (3, 2, 1), (1, 3, 2), (1, 0, 0), (2, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize(("inputs", "groups", "keep"), [(20, 1, 5), (36, 2, 3)])
+@pytest.mark.parametrize("arrangement", ["first", "last", "last, weight first"])
+def test_gradients_of_strided_layers(sizes, kernel, stride, padding, dilation, inputs, groups, keep, arrangement):
+    """No dimension like another; parts that no output reads; what no output reads is not a number."""
+    torch.manual_seed(0)
+    args = ConvArgs(stride, padding, dilation, False, [0] * len(sizes), groups)
+    for samples in (1, 3):
+        grad, x, weight = tensors(arrangement, samples, inputs, 12, kernel, sizes, args)
+        check(native.products, grad, x, weight, some(12, groups, keep), args, SOME)
+        if any(s > 1 and d > 1 for s, d in zip(stride, dilation, strict=True)):
+            continue  # which the loop is not asked for: positions within a part may be unread
+        read = dense_backward(torch.ones_like(grad), x, torch.ones_like(weight), args, (True, False, False))[0] > 0
+        unread, index = x.clone(), some(12, groups, keep)
+        unread[~read] = float("nan")
+        assert unread.stride() == x.stride()
+        got = native.products(grad, unread, weight, index, args, ALL)
+        expected = native.products(grad, x, weight, index, args, ALL)
+        assert all(map(torch.equal, got, expected))
+
+
 def cut(tensor):
     """The same numbers as some channels of a tensor with more."""
     around = tensor.new_full((tensor.shape[0], 2, *tensor.shape[2:]), float("nan"))
@@ -354,7 +387,14 @@ def test_which_loop_runs(arrange, monkeypatch):
     assert loops(nn.Conv2d(64, 3, 3, padding=2), 1, 1, keep=1) == ["products"]
     for module, keep in [(nn.Conv2d(64, 64, 3), 16), (nn.Conv2d(64, 64, 3), 56), (nn.Conv2d(32, 64, 5), 8)]:
         assert loops(module, 9, 9, keep=keep) == ["products"] * (arrange is last)
-    assert loops(nn.Conv2d(64, 64, 3, stride=2), 9, 9, keep=16) == ["products"]
+    for module, keep, sizes in [
+        (nn.Conv2d(64, 64, 3, stride=2), 16, (9, 9)),
+        (nn.Conv1d(8, 16, 3, stride=32), 4, (99,)),
+        (nn.Conv3d(64, 64, 3, stride=2), 16, (5, 5, 5)),
+        (nn.Conv2d(40, 64, 3, stride=2, groups=2), 2, (9, 9)),
+    ]:
+        assert loops(module, *sizes, keep=keep // module.groups) == ["products"]
+    assert loops(nn.Conv2d(7, 16, 3, stride=2), 9, 9, keep=8) == ["products"] * (arrange is not last)
     for module, keep in [
         (nn.Conv2d(64, 64, 3, stride=2), 32),
         (nn.Conv2d(64, 64, 4, stride=4), 16),
@@ -368,6 +408,7 @@ def test_which_loop_runs(arrange, monkeypatch):
         (nn.Conv2d(64, 3, 3, stride=2, dilation=2), 1),
         (nn.Conv2d(512, 512, 3, stride=2), 208),
         (nn.Conv2d(16, 16, 9, stride=9), 4),
+        (nn.Conv2d(8, 64, 3, stride=2), 40),
         (nn.Conv2d(16, 16, 1, padding=1), 4),
         (nn.Conv2d(1024, 1024, 1), 200),
     ]:
@@ -455,7 +496,7 @@ def test_a_gradient_that_is_zero_by_its_kind(module):
         (nn.Conv2d(64, 12, 2, dilation=3), 3, (5, 5), 2),
         (nn.Conv2d(16, 12, 1, stride=2), 3, (8, 8), 7),
         (nn.Conv2d(64, 12, 3, stride=2), 3, (8, 8), 7),
-        (nn.Conv2d(16, 12, 2, stride=3), 3, (8, 8), 5),
+        (nn.Conv2d(16, 12, 2, stride=(3, 2)), 3, (8, 8), 5),
         (nn.Conv2d(16, 12, 2, stride=(4, 1), padding=(1, 0)), 3, (8, 8), 6),
         (nn.Conv2d(3, 12, 3, stride=2), 8, (8, 8), 7),
     ],

@@ -143,8 +143,8 @@ static int vectors(void) /* bytes of the widest that this processor has */
 #define RUN(name, ...) name##_any(__VA_ARGS__)
 #endif
 
-/* Of the functions' arguments, as in native.py. */
-int ssprop_version(void) { return 6; }
+/* Of what the functions take and can do, as in native.py. */
+int ssprop_version(void) { return 7; }
 
 /* Every other function returns 0, or 1 when there is no memory for what it has to put aside. */
 
@@ -267,8 +267,8 @@ static int products(Layer all, int threads)
     int64_t kept = all.kept, outputs = geo->out[0] * geo->out[1] * geo->out[2], at[3], step, first, read = 1;
     int failed = 0;
     for (int i = 0; i < 3; i++) {
-        int64_t places = 0; /* that some output reads */
-        for (at[i] = 0; at[i] < s[i]; at[i]++) {
+        int64_t places = all.taps > 1 ? 0 : geo->out[i]; /* that some output reads */
+        for (at[i] = 0; all.taps > 1 && at[i] < s[i]; at[i]++) {
             Geometry part = *geo;
             places += part_of(&part, i, at[i], &step) < 0 ? 0 : part.in[i];
         }

@@ -286,8 +286,8 @@ TARGET static void NAME(bias)(const Layer *all, const int64_t *index, int count)
     for (int j = 0; j < count; j++) all->bias_grad[index[j]] = (float)sums[j];
 }
 
-/* What columns are made of: the bias's gradient, if asked for, and the gradient's kept channels, position by position, if there
-   is memory for them. */
+/* What is done once for all parts: the bias's gradient, if asked for, and, where taken is given, the gradient's kept channels side
+   by side, position by position. */
 TARGET static void NAME(prepare)(const Layer *all, float *taken, int threads)
 {
     const Geometry *geo = all->geometry;
