@@ -266,16 +266,16 @@ static int products(Layer all, int threads)
     int64_t taps[3] = {k[1] * k[2] * geo->weight_tap, k[2] * geo->weight_tap, geo->weight_tap};
     int64_t kept = all.kept, outputs = geo->out[0] * geo->out[1] * geo->out[2], at[3], step, first, read = 1;
     int failed = 0;
+    all.columns = all.taps > 1, all.weight_output = all.inputs / all.groups * all.taps;
     for (int i = 0; i < 3; i++) {
-        int64_t places = all.taps > 1 ? 0 : geo->out[i]; /* that some output reads */
-        for (at[i] = 0; all.taps > 1 && at[i] < s[i]; at[i]++) {
+        int64_t places = all.columns ? 0 : geo->out[i]; /* that some output reads */
+        for (at[i] = 0; all.columns && at[i] < s[i]; at[i]++) {
             Geometry part = *geo;
             places += part_of(&part, i, at[i], &step) < 0 ? 0 : part.in[i];
         }
         all.apart[i] = steps[i] * s[i], read *= places;
     }
     if (all.input_grad && read < in[0] * in[1] * in[2]) clear(all.input_grad, all.samples * all.sample_input, threads);
-    all.columns = all.taps > 1, all.weight_output = all.inputs / all.groups * all.taps;
     if (!all.columns) {
         all.kept /= all.groups, all.inputs /= all.groups;
         return group_by_group(all, threads);
