@@ -219,6 +219,14 @@ static int direct(const Layer *all, int threads)
     return failed;
 }
 
+static int stem(const Layer *all, int threads)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (vectors() == 64 && all->kept <= 16) return stem_avx2(all, threads); /* wider vectors would be half empty */
+#endif
+    return RUN(stem, all, threads);
+}
+
 static void clear(float *values, int64_t count, int threads)
 {
 #pragma omp parallel num_threads(threads)
@@ -325,5 +333,5 @@ int ssprop_gradients(int loop, const float *grad, const float *input, const floa
         .input_grad = input_grad, .weight_grad = weight_grad, .bias_grad = bias_grad,
         .taps = k[0] * k[1] * k[2], .sample_input = inputs * in[0] * in[1] * in[2],
     };
-    return loop == DIRECT ? direct(&all, threads) : loop == STEM ? RUN(stem, &all, threads) : products(all, threads);
+    return loop == DIRECT ? direct(&all, threads) : loop == STEM ? stem(&all, threads) : products(all, threads);
 }
