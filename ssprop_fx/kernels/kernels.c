@@ -139,8 +139,12 @@ static int vectors(void) /* bytes of the widest that this processor has */
 }
 #define RUN(name, ...) \
     (vectors() == 64 ? name##_avx512(__VA_ARGS__) : vectors() ? name##_avx2(__VA_ARGS__) : name##_any(__VA_ARGS__))
+/* for so many channels side by side, of which the widest vectors may be half empty */
+#define RUN_NARROW(name, channels, ...) \
+    (vectors() == 64 && (channels) <= 16 ? name##_avx2(__VA_ARGS__) : RUN(name, __VA_ARGS__))
 #else
 #define RUN(name, ...) name##_any(__VA_ARGS__)
+#define RUN_NARROW(name, channels, ...) RUN(name, __VA_ARGS__)
 #endif
 
 /* Of what the functions take and can do, as in native.py. */
@@ -214,17 +218,14 @@ static int direct(const Layer *all, int threads)
             pair->output = output, pair->input = output / (all->channels / all->groups) * per_group + c;
             pair->weight = output * per_group + c;
         }
-    int failed = RUN(direct, all, pairs, threads);
+    int failed = RUN_NARROW(direct, kept * per_group, all, pairs, threads);
     free(pairs);
     return failed;
 }
 
 static int stem(const Layer *all, int threads)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (vectors() == 64 && all->kept <= 16) return stem_avx2(all, threads); /* wider vectors would be half empty */
-#endif
-    return RUN(stem, all, threads);
+    return RUN_NARROW(stem, all->kept, all, threads);
 }
 
 static void clear(float *values, int64_t count, int threads)
