@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 _IMPORT = dis.opmap["IMPORT_NAME"]
@@ -147,16 +149,30 @@ def _not_loaded(name: str) -> types.FunctionType | None:
         if loaded is not None:
             path = vars(loaded).get("__path__")
         else:
-            finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
-            spec = next(filter(None, (find(name[:end], path, None) for find in finders if find)), None)
-            path = spec and spec.submodule_search_locations
-        if spec is None and path is None:
+            spec = _spec(name[:end], path)
+            path = _folders(name[:end], path) if spec is None else spec.submodule_search_locations
+        if path is None and (spec is None or end < len(name)):  # without a path, finders look for what is outermost
             return None
     try:
         code = spec.loader.get_code(name)  # type: ignore[union-attr]
     except (AttributeError, ImportError, SyntaxError):  # it is no Python
         return None
     return code and types.FunctionType(code, {"__name__": name, "__package__": spec.parent})  # type: ignore[union-attr]
+
+
+def _spec(name: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    """What the finders say of a module; nothing where they want its package loaded, as Python's does of a namespace."""
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    try:
+        return next(filter(None, (find(name, path, None) for find in finders if find)), None)
+    except (ImportError, KeyError):
+        return None
+
+
+def _folders(name: str, path: Sequence[str] | None) -> list[str] | None:
+    """Where modules of a namespace within a package may be: folders of its name."""
+    folders = [Path(entry, name.rpartition(".")[2]) for entry in path or ()]
+    return [str(folder) for folder in folders if folder.is_dir()] or None
 
 
 def is_library(module: str | None) -> bool:

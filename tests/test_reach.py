@@ -19,6 +19,7 @@ from torch import nn
 import ssprop_fx
 from ssprop_fx import Policy
 from ssprop_fx.coverage import measure
+from ssprop_fx.mentions import imported
 from ssprop_fx.reach import may_call_convolution
 from ssprop_fx.survey import functional_callers
 
@@ -640,19 +641,21 @@ LATE = {
     "through": "from late.through import convolve\nreturn convolve(x, self.weight)",
     "submodule": "from late import operations\nreturn operations.convolve(x, self.weight)",
     "relative": "from .operations import convolve\nreturn convolve(x, self.weight)",
+    "namespace": "from late.inner.deep import convolve\nreturn convolve(x, self.weight)",
 }
 FILES = {
     "__init__": "",
     "operations": "import torch\n\ndef convolve(x, w):\n    return torch.nn.functional.conv2d(x, w)\n\ndef relu(x):\n    return x.relu()\n",
     "through": "from .operations import convolve, relu\n",
     "plain": "def relu(x):\n    return x.relu()\n",
+    "inner/deep": "from late.operations import convolve\n",  # in a folder without __init__.py
 }
 
 
 @pytest.fixture
 def late(tmp_path, monkeypatch):
     """A package that nothing has imported yet."""
-    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "inner").mkdir(parents=True)
     for name, text in FILES.items():
         (tmp_path / "late" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -688,6 +691,11 @@ def test_an_import_of_what_does_not_convolve_is_left_alone(late):
         "import torch.testing, math\nfrom collections import deque\nreturn x",
     ):
         assert not may_call_convolution(importing(body)())
+
+
+def test_what_is_outermost_is_not_looked_for_in_a_module_that_is_no_package(late):
+    for name in ("late.plain.torch", "late.plain.torch.nn", "late.plain.late.inner", "late.plain.late.inner.deep"):
+        assert not list(imported(importing(f"import {name}\nreturn x").forward))
 
 
 def test_what_a_generator_convolves_between_its_items_is_found():
