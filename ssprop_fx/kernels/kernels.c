@@ -223,11 +223,6 @@ static int direct(const Layer *all, int threads)
     return failed;
 }
 
-static int stem(const Layer *all, int threads)
-{
-    return RUN_NARROW(stem, all->kept, all, threads);
-}
-
 static void clear(float *values, int64_t count, int threads)
 {
 #pragma omp parallel num_threads(threads)
@@ -334,5 +329,6 @@ int ssprop_gradients(int loop, const float *grad, const float *input, const floa
         .input_grad = input_grad, .weight_grad = weight_grad, .bias_grad = bias_grad,
         .taps = k[0] * k[1] * k[2], .sample_input = inputs * in[0] * in[1] * in[2],
     };
-    return loop == DIRECT ? direct(&all, threads) : loop == STEM ? stem(&all, threads) : products(all, threads);
+    if (loop == STEM) return RUN_NARROW(stem, all.kept, &all, threads);
+    return loop == DIRECT ? direct(&all, threads) : products(all, threads);
 }
